@@ -1,0 +1,17 @@
+// What an operation on a slot can report. The core never prints, never aborts and, in the
+// operations themselves, never throws.
+#pragma once
+
+namespace storax {
+
+enum class Status {
+  kOk,              // done
+  kNeverSet,        // get: nothing was ever set, or nothing on this device
+  kTypeMismatch,    // the slot holds a state of another type; nothing was read or written
+  kWrongDevice,     // the slot lives on another device; nothing was read or written
+  kPartialFirstSet, // first set, under a mask that does not cover every lane; nothing was written
+  kOutOfMemory,     // no memory for the state; nothing was written
+  kDropped,         // the index, and every program that named it, is gone
+};
+
+}  // namespace storax

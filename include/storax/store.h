@@ -1,0 +1,153 @@
+// Slots: where state lives. A slot is named by a SlotId, an integer that fits a program's attribute,
+// and holds one state, or one per device if its type is mapped over a mesh.
+//
+// Lifetime: a SlotRef keeps its slot alive. Python's index objects and compiled programs hold one
+// each. When the last goes, the state's memory is freed and the id is dead for ever: the table
+// entry is reused under a new generation, and an operation that names the old one gets kDropped.
+//
+// Threads: everything here may be called from any thread. An operation on a slot is atomic: readers
+// see the whole of one set, never parts of two.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "storax/annotations.h"
+#include "storax/spin_lock.h"
+#include "storax/status.h"
+#include "storax/type.h"
+
+namespace storax {
+
+using SlotId = std::int64_t;  // generation * 2^32 + table index; never negative
+using Device = int;           // XLA's device ordinal within the process
+inline constexpr Device kNoDevice = -1;
+
+// An operation's arrays: one pointer per leaf, in C order. Zero-size leaves may be null.
+using ConstLeaves = std::span<const std::byte* const>;
+using Leaves = std::span<std::byte* const>;
+
+// What happened to a slot, for those who look inside.
+struct Event {
+  enum class Kind : std::uint8_t { kGet, kSet } kind;
+  std::int64_t version;                // of the state that was read or written
+  std::vector<std::byte> first_leaf;   // at most its first 16 bytes
+};
+
+class Slot {
+ public:
+  // Copies the state into `out`, laid out as `want` says.
+  Status get(SlotId id, Device device, TypeId want, Leaves out) noexcept;
+
+  // Makes `in` the state. The first set fixes the slot's type and, unless the type is mapped over a
+  // mesh, its device.
+  Status set(SlotId id, Device device, TypeId type, ConstLeaves in) noexcept;
+
+  // Like set, but writes only the elements whose mask is true; masks[k] has one bool per element of
+  // leaf k. With nothing set before, the masks must be true everywhere, or false everywhere, which
+  // does nothing.
+  Status set_masked(SlotId id, Device device, TypeId type, std::span<const bool* const> masks,
+                    ConstLeaves in) noexcept;
+
+  // A message for a failed operation: which index, what it holds, what was asked, how to mend it.
+  // `op` is "get_state" or "set_state".
+  std::string explain(SlotId id, Status status, std::string_view op, Device device, TypeId asked);
+
+  std::string name();
+  TypeId type() noexcept;          // kNoType until the first set
+  Device device() noexcept;        // kNoDevice until the first set, or if mapped over a mesh
+  std::vector<Device> devices();   // those with a state, in the order of their first sets
+  // Grows with every set; equal versions mean equal states. One atomic load.
+  std::int64_t version() const noexcept { return version_.load(std::memory_order_acquire); }
+  // How many times get and set have succeeded.
+  std::int64_t num_gets() noexcept;
+  std::int64_t num_sets() noexcept;
+  // How many compiled programs name this slot.
+  std::int64_t num_programs() const noexcept {
+    return programs_.load(std::memory_order_acquire);
+  }
+  void add_program(std::int64_t n) noexcept { programs_.fetch_add(n, std::memory_order_acq_rel); }
+
+  // Starts to keep the next `capacity` events, forgetting earlier ones; 0 stops.
+  void watch(std::size_t capacity);
+  std::vector<Event> events();
+
+ private:
+  friend class SlotRef;
+  friend SlotId create_slot_id(std::string name);
+
+  struct Cell {
+    Device device = kNoDevice;
+    std::byte* data = nullptr;
+  };
+
+  bool is_live(SlotId id) const noexcept STORAX_REQUIRES(lock_);
+  Cell* find_cell(Device device) noexcept STORAX_REQUIRES(lock_);
+  Status check(SlotId id, Device device, TypeId asked, Permutations* moves) noexcept
+      STORAX_REQUIRES(lock_);
+  Status prepare_set(SlotId id, Device device, TypeId type, Permutations* moves, Cell** cell) noexcept
+      STORAX_REQUIRES(lock_);
+  void note(Event::Kind kind, const Cell& cell) noexcept STORAX_REQUIRES(lock_);
+  void drop() noexcept;
+
+  SpinLock lock_;
+  TypeId type_id_ STORAX_GUARDED_BY(lock_) = kNoType;
+  const Type* type_ STORAX_GUARDED_BY(lock_) = nullptr;
+  Cell home_ STORAX_GUARDED_BY(lock_);
+  std::vector<Cell> others_ STORAX_GUARDED_BY(lock_);  // further devices of a mapped type
+  std::int64_t gets_ STORAX_GUARDED_BY(lock_) = 0;
+  std::int64_t sets_ STORAX_GUARDED_BY(lock_) = 0;
+  std::uint32_t generation_ STORAX_GUARDED_BY(lock_) = 0;
+  std::uint32_t index_ = 0;
+  std::size_t watch_capacity_ STORAX_GUARDED_BY(lock_) = 0;
+  std::vector<Event> events_ STORAX_GUARDED_BY(lock_);
+  std::string name_ STORAX_GUARDED_BY(lock_);
+  std::atomic<std::int64_t> version_{0};
+  std::atomic<std::int64_t> programs_{0};
+  std::atomic<std::int64_t> refs_{0};
+};
+
+// The slot that `id` names, or a later user of its table entry; nullptr if no slot ever had it. The
+// pointer is valid for ever: operations check the id's generation themselves.
+Slot* find_slot(SlotId id) noexcept;
+
+// A share in a slot's life.
+class SlotRef {
+ public:
+  // Makes a new slot; `name` is for messages. Throws std::bad_alloc.
+  static SlotRef create(std::string name);
+  // Another share in a live slot; empty if the id is dead.
+  static SlotRef share(SlotId id) noexcept;
+
+  SlotRef() = default;
+  SlotRef(SlotRef&& other) noexcept;
+  SlotRef& operator=(SlotRef&& other) noexcept;
+  SlotRef(const SlotRef&) = delete;
+  SlotRef& operator=(const SlotRef&) = delete;
+  ~SlotRef();
+
+  explicit operator bool() const noexcept { return slot_ != nullptr; }
+  SlotId id() const noexcept { return id_; }
+  Slot& operator*() const noexcept { return *slot_; }
+  Slot* operator->() const noexcept { return slot_; }
+
+ private:
+  SlotRef(Slot* slot, SlotId id) noexcept : slot_(slot), id_(id) {}
+
+  Slot* slot_ = nullptr;
+  SlotId id_ = 0;
+};
+
+// For tests and diagnosis: live slots, and the bytes their states take.
+struct Usage {
+  std::int64_t slots;
+  std::int64_t bytes;
+};
+Usage usage() noexcept;
+
+}  // namespace storax

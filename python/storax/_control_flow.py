@@ -1,0 +1,394 @@
+"""vmap of cond, switch and while with state inside: masked reads and writes.
+
+JAX's rule for a batched predicate runs every branch, or a finished lane's body, for every lane, and
+selects among the results: right for values, wrong for state. Ours transforms the per-lane program
+first, so that every set in it happens only where a scalar mask is true, and then lets JAX batch it.
+(Masking after batching could hang: a finished lane's inner loop might never end.) Each branch runs
+only if some lane takes it.
+
+JAX's rules also move batch axes to the front. Wherever they do, levels are marked as moved; see
+`storax::BatchLevel`. Control flow without state goes to JAX's own rules, untouched.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from . import _jax
+from ._primitives import get_p, set_masked_p
+
+__all__ = ["install"]
+
+# A per-lane cond or while under a mask. These live only between `masked` and the batching of what it
+# returns, which turns them into ordinary control flow.
+masked_cond_p = _jax.Primitive("masked_cond")
+masked_while_p = _jax.Primitive("masked_while")
+for _p in (masked_cond_p, masked_while_p):
+    _p.multiple_results = True
+
+
+class _Params(dict):
+    """An equation's parameters as one hashable parameter."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+@masked_cond_p.def_effectful_abstract_eval
+def _(mask, index, *operands, params):
+    return list(params["branches"][0].out_avals), {_jax.STATE}
+
+
+@masked_while_p.def_effectful_abstract_eval
+def _(mask, *operands, params):
+    return list(params["body_jaxpr"].out_avals), {_jax.STATE}
+
+
+# --- Masking a per-lane program -------------------------------------------------------------------
+
+
+def masked(jaxpr: Any, mask: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a closed jaxpr for one lane so that it sets state only where `mask` is true."""
+    return _masked(_jax.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), mask, args)
+
+
+def _masked(jaxpr, consts, mask, args):
+    env = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
+        with eqn.ctx.manager:
+            outs = _masked_equation(eqn, ins, mask)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [v.val if isinstance(v, _jax.Literal) else env[v] for v in jaxpr.outvars]
+
+
+def _masked_equation(eqn, ins, mask):
+    if _jax.STATE not in eqn.effects or eqn.primitive is get_p:
+        return _jax.bind_equation(eqn, ins)
+    rule = _masked_rules.get(eqn.primitive.name)
+    if rule is None:
+        raise NotImplementedError(
+            f"storax: state inside `{eqn.primitive.name}`, in a branch or loop whose predicate is "
+            "batched by `jax.vmap`, is not supported. Move the get and set out of it, or make the "
+            "predicate independent of the batch."
+        )
+    return rule(eqn.params, ins, mask)
+
+
+def _mask_set(params, ins, mask):
+    return set_masked_p.bind(mask, *ins, mask_axes=(None,) * len(params["levels"]), **params)
+
+
+def _mask_set_masked(params, ins, mask):
+    inner, *state = ins
+    return set_masked_p.bind(
+        lax.bitwise_and(inner, jnp.broadcast_to(mask, inner.shape)), *state, **params
+    )
+
+
+def _mask_scan(params, ins, mask):
+    consts, init, xs = _jax.split_scan(params, ins)
+
+    def body(carry, x):
+        out = masked(params["jaxpr"], mask, [*consts, *carry, *x])
+        return out[: len(init)], out[len(init) :]
+
+    carry, ys = lax.scan(
+        body, init, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
+    )
+    return [*carry, *ys]
+
+
+def _mask_jit(params, ins, mask):
+    inner = jax.jit(lambda mask, *args: masked(params["jaxpr"], mask, args))
+    return inner(mask, *ins)
+
+
+def _mask_checkpoint(params, ins, mask):
+    inner = jax.checkpoint(
+        lambda mask, *args: masked(params["jaxpr"], mask, args),
+        prevent_cse=params["prevent_cse"],
+        policy=params["policy"],
+    )
+    return inner(mask, *ins)
+
+
+def _mask_inline(key):
+    return lambda params, ins, mask: masked(params[key], mask, ins)
+
+
+_masked_rules: dict[str, Callable[..., Any]] = {
+    "set_state": _mask_set,
+    "set_state_masked": _mask_set_masked,
+    "scan": _mask_scan,
+    "jit": _mask_jit,
+    "pjit": _mask_jit,
+    "checkpoint": _mask_checkpoint,
+    "remat2": _mask_checkpoint,
+    "closed_call": _mask_inline("call_jaxpr"),
+    "core_call": _mask_inline("call_jaxpr"),
+    "eval_jaxpr": lambda params, ins, mask: masked(
+        params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"], mask, ins
+    ),
+    "cond": lambda params, ins, mask: masked_cond_p.bind(mask, *ins, params=_Params(params)),
+    "while": lambda params, ins, mask: masked_while_p.bind(mask, *ins, params=_Params(params)),
+    "masked_cond": lambda params, ins, mask: masked_cond_p.bind(mask & ins[0], *ins[1:], **params),
+    "masked_while": lambda params, ins, mask: masked_while_p.bind(
+        mask & ins[0], *ins[1:], **params
+    ),
+}
+
+
+# --- Batching -------------------------------------------------------------------------------------
+
+
+def _close(f: Callable[..., Any], avals: Sequence[Any]) -> Any:
+    """Traces a function of flat arguments to a closed jaxpr."""
+    return jax.make_jaxpr(f)(*avals)
+
+
+def _lane_avals(axis_data, args, dims):
+    return [
+        _jax.lane_aval(jax.typeof(x), axis_data.size, d) for x, d in zip(args, dims, strict=True)
+    ]
+
+
+def _any_lane(mask):
+    return lax.reduce_or(mask, (0,))
+
+
+def _select(lanes, axis, x, y):
+    return lax.select(lax.broadcast_in_dim(lanes, x.shape, [axis]), x, y)
+
+
+def _zeros(aval):
+    if aval.dtype == jax.dtypes.float0:
+        return np.zeros(aval.shape, aval.dtype)
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        zeros = lax.broadcast(jax.random.key(0, impl=_jax.key_impl(aval.dtype)), aval.shape)
+    else:
+        zeros = lax.full(aval.shape, 0, aval.dtype)
+    return _jax.make_varying(zeros, _jax.varying_axes(aval))
+
+
+def _common_out_axes(axis_data, jaxprs, in_dims):
+    """The first axis for each result that is batched in any of the jaxprs."""
+    axes = [_jax.batched_out_axes(j, axis_data, in_dims) for j in jaxprs]
+    return [0 if any(a is not None for a in column) else None for column in zip(*axes, strict=True)]
+
+
+def _batch_masked_cond(axis_data, args, dims, *, params):
+    axis_data = _jax.as_moved(axis_data)
+    (mask, index, *operands), (mask_dim, index_dim, *operand_dims) = args, dims
+    branches = params["branches"]
+    other = {k: v for k, v in params.items() if k != "branches"}
+    if index_dim is None:
+        # All active lanes take the same branch.
+        ins, in_dims = [mask, *operands], [mask_dim, *operand_dims]
+        avals = _lane_avals(axis_data, ins, in_dims)
+        closed = [_close(lambda m, *a, b=b: masked(b, m, a), avals) for b in branches]
+        out_dims = _common_out_axes(axis_data, closed, in_dims)
+        batched = tuple(_jax.batched_jaxpr(j, axis_data, in_dims, out_dims) for j in closed)
+        return lax.cond_p.bind(index, *ins, branches=batched, **other), out_dims
+
+    index = _jax.move_to_front(axis_data, index, index_dim)
+    active = None if mask is None else _jax.move_to_front(axis_data, mask, mask_dim)
+    num_out = len(branches[0].out_avals)
+    takes = [lax.eq(index, lax.full_like(index, k)) for k in range(len(branches))]
+    outs = []
+    for branch, takes_it in zip(branches, takes, strict=True):
+        lanes = takes_it if active is None else takes_it & active
+        # Differentiation must not see operands of lanes that don't come here (jax#1052). Operands
+        # keep their own batch axes, or lack of them: an unbatched `like` must stay unbatched.
+        here = [
+            x
+            if d is None or not jnp.issubdtype(x.dtype, jnp.inexact)
+            else _select(lanes, d, x, lax.stop_gradient(x))
+            for x, d in zip(operands, operand_dims, strict=True)
+        ]
+        outs.append(_run_branch(axis_data, branch, lanes, here, operand_dims, other))
+    results = list(outs[0])
+    for k in range(1, len(branches)):
+        results = [_select(takes[k], 0, x, r) for x, r in zip(outs[k], results, strict=True)]
+    return results, [0] * num_out
+
+
+def _run_branch(axis_data, branch, lanes, operands, operand_dims, other):
+    out_dims = [0] * len(branch.out_avals)
+    if not _jax.has_state(branch):
+        return _jax.call_jaxpr(
+            _jax.batched_jaxpr(branch, axis_data, operand_dims, out_dims), *operands
+        )
+    ins, in_dims = [lanes, *operands], [0, *operand_dims]
+    closed = _close(lambda m, *a: masked(branch, m, a), _lane_avals(axis_data, ins, in_dims))
+    run = _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
+    skip = _close(lambda *_: [_zeros(a) for a in run.out_avals], [jax.typeof(x) for x in ins])
+    taken = lax.convert_element_type(_any_lane(lanes), np.int32)
+    return lax.cond_p.bind(taken, *ins, branches=(skip, run), **other)
+
+
+def _batch_masked_while(axis_data, args, dims, *, params):
+    mask, mask_dim = args[0], dims[0]
+    axis_data = _jax.as_moved(axis_data)
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    cond_consts, body_consts, init = _jax.split_while(params, args[1:])
+    cond_dims, body_dims, init_dims = _jax.split_while(params, dims[1:])
+
+    carry_dims = _batched_carry(axis_data, body, body_dims, init_dims)
+    (pred_dim,) = _jax.batched_out_axes(cond, axis_data, [*cond_dims, *carry_dims])
+    if pred_dim is None:
+        if mask is None:
+            return None  # JAX's own rule is right
+        return _while_in_step(axis_data, args, dims, params, carry_dims)
+
+    # Carries that the body returns as they came are not the lanes' own: they may stay unbatched.
+    open_body = _jax.open_jaxpr(body)
+    n_body = len(body_consts)
+    fixed = [v is open_body.invars[n_body + k] for k, v in enumerate(open_body.outvars)]
+    fixed_vals = [x for x, f in zip(init, fixed, strict=True) if f]
+    fixed_dims = [d for d, f in zip(init_dims, fixed, strict=True) if f]
+    moving = [
+        _jax.move_to_front(axis_data, x, d)
+        for x, d, f in zip(init, init_dims, fixed, strict=True)
+        if not f
+    ]
+    merge = functools.partial(_merge, fixed)
+    consts = [*cond_consts, *body_consts, *fixed_vals]
+    const_dims = [*cond_dims, *body_dims, *fixed_dims]
+    n_cond, n_fixed = len(cond_consts), len(fixed_vals)
+
+    def split(args):
+        c, b = args[:n_cond], args[n_cond : n_cond + n_body]
+        f = args[n_cond + n_body : n_cond + n_body + n_fixed]
+        return c, b, f, args[n_cond + n_body + n_fixed :]
+
+    def start(mask, *args):
+        c, _, f, carry = split(args)
+        return [mask & masked(cond, mask, [*c, *merge(f, carry)])[0]]
+
+    def step(running, *args):
+        c, b, f, carry = split(args)
+        new = masked(body, running, [*b, *merge(f, carry)])
+        new = [x for x, is_fixed in zip(new, fixed, strict=True) if not is_fixed]
+        new = [
+            lax.select(jnp.broadcast_to(running, x.shape), x, y)
+            for x, y in zip(new, carry, strict=True)
+        ]
+        return [running & masked(cond, running, [*c, *merge(f, new)])[0], *new]
+
+    if mask is None:
+        mask, mask_dim = lax.full((axis_data.size,), True), 0
+    ins = [mask, *consts, *moving]
+    in_dims = [mask_dim, *const_dims, *[0] * len(moving)]
+    closed = _close(start, _lane_avals(axis_data, ins, in_dims))
+    (running,) = _jax.call_jaxpr(_jax.batched_jaxpr(closed, axis_data, in_dims, [0]), *ins)
+    ins = [running, *consts, *moving]
+    in_dims = [0, *in_dims[1:]]
+    closed = _close(step, _lane_avals(axis_data, ins, in_dims))
+    one_step = _jax.batched_jaxpr(closed, axis_data, in_dims, [0] * (1 + len(moving)))
+    _, *moved = lax.while_loop(
+        lambda carry: _any_lane(carry[0]),
+        lambda carry: _jax.call_jaxpr(one_step, carry[0], *consts, *carry[1:]),
+        [running, *moving],
+    )
+    return merge(fixed_vals, moved), merge(fixed_dims, [0] * len(moved))
+
+
+def _merge(fixed, fixed_vals, moving_vals):
+    fixed_iter, moving_iter = iter(fixed_vals), iter(moving_vals)
+    return [next(fixed_iter) if f else next(moving_iter) for f in fixed]
+
+
+def _batched_carry(axis_data, body, body_dims, init_dims):
+    """Which carries are batched in the end, if those at `init_dims` are at first."""
+    carry_dims = [0 if d is not None else None for d in init_dims]
+    while True:
+        out = _jax.batched_out_axes(body, axis_data, [*body_dims, *carry_dims])
+        new = [
+            0 if a is not None or b is not None else None
+            for a, b in zip(carry_dims, out, strict=True)
+        ]
+        if new == carry_dims:
+            return carry_dims
+        carry_dims = new
+
+
+def _while_in_step(axis_data, args, dims, params, carry_dims):
+    """A loop under a mask whose predicate is the same for all lanes."""
+    mask, mask_dim = args[0], dims[0]
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    cond_consts, body_consts, init = _jax.split_while(params, args[1:])
+    cond_dims, body_dims, init_dims = _jax.split_while(params, dims[1:])
+    init = [
+        x if new is None else _jax.move_to_front(axis_data, x, d)
+        for x, d, new in zip(init, init_dims, carry_dims, strict=True)
+    ]
+
+    def batch(jaxpr, consts, const_dims, out_dims):
+        in_dims = [mask_dim, *const_dims, *carry_dims]
+        avals = _lane_avals(axis_data, [mask, *consts, *init], in_dims)
+        closed = _close(lambda m, *a: masked(jaxpr, m, a), avals)
+        return _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
+
+    cond = batch(cond, cond_consts, cond_dims, [None])
+    body = batch(body, body_consts, body_dims, carry_dims)
+    out = lax.while_loop(
+        lambda carry: _jax.call_jaxpr(cond, mask, *cond_consts, *carry)[0],
+        lambda carry: _jax.call_jaxpr(body, mask, *body_consts, *carry),
+        init,
+    )
+    return out, carry_dims
+
+
+# --- Installation ---------------------------------------------------------------------------------
+
+
+def _wrap_scan(original):
+    def rule(axis_data, args, dims, **params):
+        if _jax.has_state(params["jaxpr"]):
+            axis_data = _jax.as_moved(axis_data)
+        return original(axis_data, args, dims, **params)
+
+    return rule
+
+
+def _wrap_cond(original):
+    def rule(axis_data, args, dims, **params):
+        if not _jax.has_state(*params["branches"]):
+            return original(axis_data, args, dims, **params)
+        if dims[0] is None or "branches_platforms" in params:
+            return original(_jax.as_moved(axis_data), args, dims, **params)
+        return _batch_masked_cond(axis_data, [None, *args], [None, *dims], params=params)
+
+    return rule
+
+
+def _wrap_while(original):
+    def rule(axis_data, args, dims, **params):
+        if not _jax.has_state(params["cond_jaxpr"], params["body_jaxpr"]):
+            return original(axis_data, args, dims, **params)
+        out = _batch_masked_while(axis_data, [None, *args], [None, *dims], params=params)
+        if out is None:
+            return original(_jax.as_moved(axis_data), args, dims, **params)
+        return out
+
+    return rule
+
+
+@functools.cache
+def install() -> None:
+    """Wraps JAX's batching rules for control flow, once."""
+    _jax.wrap_batching(lax.scan_p, _wrap_scan)
+    _jax.wrap_batching(lax.cond_p, _wrap_cond)
+    _jax.wrap_batching(lax.while_p, _wrap_while)
+    _jax.define_batching(masked_cond_p, _batch_masked_cond)
+    _jax.define_batching(masked_while_p, _batch_masked_while)

@@ -1,0 +1,327 @@
+"""StateIndex, get_state and set_state."""
+
+import os
+import sys
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
+from . import _control_flow, _core, _jax, _store
+from ._primitives import frozen_p, get_p, set_p
+from ._slot import Published, Slot, from_stored, structure_at, structure_of, to_stored, type_parts
+
+__all__ = ["StateIndex", "get_state", "set_state"]
+
+T = TypeVar("T")
+
+# Frames of these packages say nothing about where a user made an index.
+_LIBRARIES = tuple(
+    os.path.dirname(os.path.abspath(module.__file__)) + os.sep for module in (eqx, jax, _core)
+)
+
+
+def _creation_site() -> str:
+    frame = sys._getframe(2)
+    inside = ""
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__init__" and owner is not None:
+            inside = f" in {type(owner).__name__}"
+        frame = frame.f_back
+    if frame is None:
+        return "StateIndex"
+    file = os.path.basename(frame.f_code.co_filename)
+    function = frame.f_code.co_name
+    where = "" if function == "<module>" else f", {function}"
+    return f"StateIndex made at {file}:{frame.f_lineno}{where}{inside}"
+
+
+class _Held:
+    """What a frozen index carries across a JIT boundary besides its arrays.
+
+    The version is left out of equality, so that a new value of the state is no reason to retrace.
+    """
+
+    __slots__ = ("levels", "structure", "version")
+
+    def __init__(self, structure: int, levels: tuple, version: int):
+        self.structure = structure
+        self.levels = levels
+        self.version = version
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Held)
+            and self.structure == other.structure
+            and self.levels == other.levels
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.structure, self.levels))
+
+
+@jtu.register_pytree_with_keys_class
+class StateIndex:
+    """A place to keep state: save and load JAX arrays there as a side effect, even under JIT.
+
+    An index is a PyTree: treat it like a model parameter. Make it once, outside of `jax.jit`, and
+    keep it in your model or close over it. Copies made by PyTree operations (`jax.tree.map`,
+    `equinox.tree_at`, passing it through a JIT boundary) share the state; `copy.deepcopy` and
+    pickling make an index of its own with the same state.
+
+    **Arguments:**
+
+    - `inference`: if true, the state can only be read. It is looked up when the index crosses the
+      JIT boundary, and is an ordinary input of the compiled program. `equinox.nn.inference_mode`
+      toggles it.
+    - `name`: what error messages call this index. By default, where it was made.
+
+    Pass an index to a function under `equinox.filter_jit`, or close over it; plain `jax.jit` would
+    trace its `inference` flag.
+
+    !!! example
+
+        ```python
+        index = storax.StateIndex()
+        storax.set_state(index, jnp.array(0))
+
+        @jax.jit
+        def count():
+            n = storax.get_state(index, like=jnp.array(0)) + 1
+            storax.set_state(index, n)
+            return n
+        ```
+    """
+
+    __slots__ = ("__weakref__", "_held", "_leaves", "_slot", "inference")
+
+    inference: bool
+    _slot: Slot
+    _held: _Held | None
+    _leaves: tuple[Any, ...]
+
+    def __init__(self, inference: bool = False, *, name: str | None = None):
+        _install()
+        self.inference = inference
+        self._slot = Slot(_creation_site() if name is None else f"StateIndex {name!r}")
+        self._held = None
+        self._leaves = ()
+
+    # --- PyTree ---
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        self._look_up(crossing=True)
+        return (self.inference, *self._leaves), (self._slot, self._held)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Any]:
+        children, aux = self.tree_flatten()
+        keys = [jtu.GetAttrKey("inference")]
+        keys += [jtu.SequenceKey(i) for i in range(len(children) - 1)]
+        return tuple(zip(keys, children, strict=True)), aux
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: tuple[Any, ...]) -> "StateIndex":
+        self = object.__new__(cls)
+        self._slot, self._held = aux
+        self.inference, *leaves = children
+        self._leaves = tuple(leaves)
+        if self._held is None and self.inference is True:
+            # Frozen just now: from here on it is an index with a value, also in a closure.
+            self._look_up(crossing=True)
+        return self
+
+    def _look_up(self, crossing: bool) -> None:
+        """Brings the arrays that a frozen index carries up to date."""
+        if self.inference is not True:
+            if self.inference is False:
+                self._held, self._leaves = None, ()
+            return
+        slot = self._slot
+        if self._held is None:
+            # Thawed, passed in and frozen again within a trace: its value is not known yet.
+            if not slot.core.type or (crossing and not _jax.no_trace()):
+                return
+        elif not all(isinstance(x, jax.Array) for x in self._leaves) or any(
+            isinstance(x, _jax.Tracer) for x in self._leaves
+        ):
+            return  # inputs of a program, or whatever a PyTree operation has put there
+        published = _published(slot)
+        if self._held is not None and self._held.version == published.version:
+            return
+        parts = type_parts(published.type)
+        self._held = _Held(parts.structure.number, parts.levels, published.version)
+        self._leaves = published.leaves
+
+    # --- Python ---
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> Any:
+        if not isinstance(other, StateIndex):
+            return NotImplemented
+        return eqx.tree_equal(self, other)
+
+    def __repr__(self) -> str:
+        return f"StateIndex(inference={self.inference}, name={self._slot.core.name!r})"
+
+
+def _install() -> None:
+    _jax.install_patches()
+    _control_flow.install()
+
+
+def _published(slot: Slot) -> Published:
+    core = slot.core
+    _store.settle(core, _jax.local_device(max(core.device, 0)))
+    version = core.version
+    published = slot.published
+    if published is None or published.version != version:
+        leaves = _store.read_all(core)
+        slot.published = published = Published(version, tuple(leaves), core.type)
+    return published
+
+
+_TRACED_INDEX = (
+    "This StateIndex was passed as an argument to plain `jax.jit` (or `jax.vmap`, `jax.grad`, ...), "
+    "which has turned its `inference` flag into a tracer. Use `equinox.filter_jit` (or "
+    "`equinox.filter_vmap`, ...) or `storax.jit`, or close over the index instead of passing it."
+)
+
+
+def _check_index(index: Any, op: str) -> None:
+    if not isinstance(index, StateIndex):
+        raise TypeError(
+            f"storax.{op}: the first argument must be a storax.StateIndex, not "
+            f"{type(index).__module__}.{type(index).__qualname__}."
+        )
+    if not isinstance(index.inference, bool):
+        if isinstance(index.inference, (_jax.Tracer, jax.Array)):
+            raise TypeError(f"storax.{op} of {index._slot.core.name}: {_TRACED_INDEX}")
+        raise TypeError(
+            f"storax.{op} of {index._slot.core.name}: its `inference` flag has been replaced by "
+            f"{index.inference!r}, as `equinox.partition` and the like do. Put the index together "
+            "again, with `equinox.combine`, before using it."
+        )
+
+
+def _flatten_arrays(tree: Any, what: str, op: str, slot: Slot) -> tuple[list[Any], Any, Any]:
+    """Leaves as the store keeps them, the structure, and the abstract values."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    for leaf in leaves:
+        if not isinstance(leaf, jax.Array):
+            _raise_not_array(tree, what, op, slot)
+    structure = structure_of(treedef, leaves)
+    if structure.widened:
+        leaves = [to_stored(x, k) for x, k in zip(leaves, structure.kinds, strict=True)]
+    return leaves, treedef, structure
+
+
+def _raise_not_array(tree: Any, what: str, op: str, slot: Slot) -> None:
+    for path, leaf in jtu.tree_leaves_with_path(tree):
+        if not isinstance(leaf, jax.Array):
+            raise TypeError(
+                f"storax.{op} of {slot.core.name}: `{what}` must be a PyTree of JAX arrays, but "
+                f"`{what}{jtu.keystr(path)}` is {leaf!r} of type {type(leaf).__qualname__}. Wrap it "
+                "in `jnp.asarray`."
+            )
+
+
+def get_state(index: StateIndex, like: T) -> T:
+    """Loads the state that was last saved at `index`.
+
+    It may be called anywhere: outside or inside of `jax.jit`, of `jax.lax.scan`, of `jax.vmap`, and
+    so on. Under `jax.grad` the state is a constant.
+
+    **Arguments:**
+
+    - `index`: where to load from.
+    - `like`: a PyTree of JAX arrays with the structure, shapes, dtypes and batch axes of the state;
+      their values are not used.
+
+    **Returns:** the state, of the same structure, shapes and dtypes as `like`.
+
+    **Raises:**
+
+    - `TypeError`, at trace time, if `like` is not a PyTree of JAX arrays.
+    - `RuntimeError`, when the operation runs, if `like` differs from the state in structure, shape,
+      dtype or batch axes, or if nothing has been saved yet.
+    """
+    _check_index(index, "get_state")
+    slot = index._slot
+    leaves, treedef, structure = _flatten_arrays(like, "like", "get_state", slot)
+    if index.inference:
+        index._look_up(crossing=False)
+        if index._held is None and not slot.core.type:
+            raise RuntimeError(
+                f"storax.get_state of {slot.core.name}, frozen by `inference=True`: nothing has been "
+                "set. Set it first, through a copy with `inference=False`."
+            )
+    if index.inference and index._held is not None:
+        out = _get_frozen(index, leaves, structure)
+    else:
+        mesh = _jax.manual_mesh_axes()
+        params = {"slot": slot.id, "structure": structure.number, "levels": (), "mesh": mesh}
+        out = get_p.bind(*leaves, **params)
+    if structure.widened:
+        out = [from_stored(x, k) for x, k in zip(out, structure.kinds, strict=True)]
+    return jtu.tree_unflatten(treedef, out)
+
+
+def _get_frozen(index: StateIndex, like: list[Any], structure: Any) -> list[Any]:
+    held = index._held
+    assert held is not None
+    name = index._slot.core.name
+    kept = structure_at(held.structure)
+    if kept is not structure:
+        stored = tuple(
+            (*x.shape, *k.trailing) for x, k in zip(index._leaves, kept.kinds, strict=True)
+        )
+        raise RuntimeError(
+            f"storax.get_state of {name}, frozen by `inference=True`: it holds "
+            f"{_core.type_text(kept.type_id(stored, held.levels, ()))}, but `like` is "
+            f"{_core.type_text(structure.type_id(tuple(x.shape for x in like), (), ()))}. Get and "
+            "set must agree in dtype, shape, PyTree structure and batch axes."
+        )
+    state = [jax.lax.stop_gradient(x) for x in index._leaves]
+    if structure.widened:
+        state = [to_stored(x, k) for x, k in zip(state, structure.kinds, strict=True)]
+    return frozen_p.bind(
+        *state, *like, structure=structure.number, levels=(), held_levels=held.levels, name=name
+    )
+
+
+def set_state(index: StateIndex, state: Any) -> None:
+    """Saves `state` at `index`.
+
+    It may be called anywhere: outside or inside of `jax.jit`, of `jax.lax.scan`, of `jax.vmap`, and
+    so on. Operations on state run in program order, each exactly once.
+
+    **Arguments:**
+
+    - `index`: where to save to.
+    - `state`: a PyTree of JAX arrays. The first call fixes its structure, shapes, dtypes and batch
+      axes.
+
+    **Returns:** `None`.
+
+    **Raises:**
+
+    - `TypeError`, at trace time, if `state` is not a PyTree of JAX arrays.
+    - `RuntimeError`, at trace time, if `index.inference` is true.
+    - `RuntimeError`, when the operation runs, if `state` differs from what this index held before in
+      structure, shape, dtype or batch axes. Nothing is saved then.
+    - `NotImplementedError`, at trace time, if `state` depends on what is being differentiated. Use
+      `jax.lax.stop_gradient`.
+    """
+    _check_index(index, "set_state")
+    slot = index._slot
+    if index.inference:
+        raise RuntimeError(
+            f"storax.set_state of {slot.core.name}: its `inference` flag is true, so it can only be "
+            "read. `equinox.nn.inference_mode(model, value=False)` makes a copy that can be set."
+        )
+    leaves, _, structure = _flatten_arrays(state, "state", "set_state", slot)
+    mesh = _jax.manual_mesh_axes()
+    set_p.bind(*leaves, slot=slot.id, structure=structure.number, levels=(), mesh=mesh)

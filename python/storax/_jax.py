@@ -1,0 +1,516 @@
+"""Everything storax uses of JAX's private names, behind names of our own.
+
+A new JAX version should mean editing this file only. Each entry says why it is needed and since
+which JAX version it has this form; where none is given, it is the same in all versions in TESTED.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import threading
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import ad_checkpoint as _ad_checkpoint
+from jax._src import config as _config
+from jax._src import core as _core
+from jax._src import dtypes as _dtypes
+from jax._src import effects as _effects
+from jax._src import source_info_util as _source_info
+from jax._src.interpreters import ad as _ad
+from jax._src.interpreters import batching as _batching
+from jax._src.interpreters import mlir as _mlir
+from jax._src.interpreters import partial_eval as _pe
+from jax._src.interpreters import pxla as _pxla
+from jax._src.lax.control_flow import loops as _loops
+from jax._src.lib import xla_client as _xla_client
+
+TESTED = ("0.10", "0.11", "0.12")
+
+Primitive = jax.extend.core.Primitive
+Tracer = jax.core.Tracer
+Literal = _core.Literal  # jax.extend.core.Literal is the same class
+Zero = _ad.Zero  # the tangent of a constant
+JaxRuntimeError = jax.errors.JaxRuntimeError
+
+
+# --- Traces and abstract values ------------------------------------------------------------------
+
+
+def no_trace() -> bool:
+    """Whether no transformation is being traced: operations run at once, on concrete arrays."""
+    return _core.trace_ctx.is_top_level()
+
+
+# Runs operations at once even while something is being traced. Like the public
+# `jax.ensure_compile_time_eval`, but keeps no state of its own between uses.
+eval_now = _core.eval_context
+
+
+def strong(aval: Any) -> Any:
+    """The same abstract value, not weakly typed."""
+    return aval.update(weak_type=False) if getattr(aval, "weak_type", False) else aval
+
+
+def shaped(shape: Sequence[int], dtype: Any) -> Any:
+    return _core.ShapedArray(tuple(shape), np.dtype(dtype))
+
+
+def lane_aval(aval: Any, size: int, axis: int | None) -> Any:
+    """What one lane sees of an array that is batched along `axis`."""
+    return aval if axis is None else _core.mapped_aval(size, axis, aval)
+
+
+def short_dtype_name(dtype: Any) -> str:
+    """JAX's notation: f32, bf16, i4, key<fry>."""
+    return _dtypes.short_dtype_name(dtype)
+
+
+def key_impl(dtype: Any) -> Any:
+    """The implementation behind a PRNG key dtype, as `jax.random.wrap_key_data` takes it."""
+    return dtype._impl.name
+
+
+def manual_mesh_axes() -> tuple[tuple[str, int], ...]:
+    """The mesh axes that a surrounding shard_map or pmap maps over, with their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    return tuple(
+        (str(name), mesh.shape[name]) for name in mesh.axis_names if name in mesh.manual_axes
+    )
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The mesh axes along which a value differs from device to device (shard_map's check_vma)."""
+    manual = getattr(aval, "manual_axis_type", None)  # since 0.10; before, `vma`
+    return manual.varying if manual is not None else getattr(aval, "vma", frozenset())
+
+
+def vary_over_mesh(aval: Any) -> Any:
+    """The same abstract value, differing from device to device over every manual mesh axis."""
+    names = frozenset(name for name, _ in manual_mesh_axes())
+    if not names or not _config._check_vma.value:
+        return aval
+    manual = getattr(aval, "manual_axis_type", None)
+    if manual is not None:
+        return aval.update(manual_axis_type=manual.update(varying=names))
+    return aval.update(vma=names)
+
+
+def make_varying(x: Any, names: frozenset[str]) -> Any:
+    """The same value, marked as differing from device to device over these mesh axes too."""
+    missing = tuple(n for n in names if n not in varying_axes(_core.typeof(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+# --- The effect ----------------------------------------------------------------------------------
+
+
+class StateEffect(_effects.Effect):
+    """What an equation that gets or sets state does; it keeps JAX from dropping or reordering it."""
+
+    __str__ = lambda self: "State"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is StateEffect
+
+    def __hash__(self) -> int:
+        return hash(StateEffect)
+
+
+STATE = StateEffect()
+
+
+def has_state(*jaxprs: Any) -> bool:
+    """Whether any of these (closed) jaxprs gets or sets state."""
+    return any(STATE in jaxpr.effects for jaxpr in jaxprs)
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """The jaxpr inside a closed one. Since 0.12 there is only one class, and this is the identity."""
+    return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+
+
+def call_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
+    """Evaluates a closed jaxpr."""
+    return _core.eval_jaxpr(open_jaxpr(jaxpr), jaxpr.consts, *args)
+
+
+def bind_equation(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation as it stands."""
+    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def split_scan(params: dict[str, Any], args: Sequence[Any]) -> tuple[list, list, list]:
+    """A scan equation's operands: constants, carry, scanned-over."""
+    if "ft_in" in params:  # since 0.11: a tree instead of two counts
+        parts = params["ft_in"].update(range(len(args))).unpack()
+        num_consts, num_carry = len(list(parts[0])), len(list(parts[1]))
+    else:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+    split = num_consts + num_carry
+    return list(args[:num_consts]), list(args[num_consts:split]), list(args[split:])
+
+
+def split_while(params: dict[str, Any], args: Sequence[Any]) -> tuple[list, list, list]:
+    """A while equation's operands: the condition's constants, the body's, the carry."""
+    a, b = params["cond_nconsts"], params["body_nconsts"]
+    return list(args[:a]), list(args[a : a + b]), list(args[a + b :])
+
+
+# --- Rules for our primitives ---------------------------------------------------------------------
+
+
+def define_batching(primitive: Any, rule: Callable[..., Any]) -> None:
+    """`rule(axis_data, args, dims, **params)`; the public registry hides axis_data."""
+    _batching.fancy_primitive_batchers[primitive] = rule
+
+
+def define_jvp(primitive: Any, rule: Callable[..., Any]) -> None:
+    _ad.primitive_jvps[primitive] = rule
+
+
+def zero_tangent(x: Any) -> Any:
+    return Zero(_core.typeof(x).to_tangent_aval())
+
+
+def define_lowering(primitive: Any, rule: Callable[..., Any], platform: str | None = None) -> None:
+    _mlir.register_lowering(primitive, rule, platform=platform)
+
+
+def lower_inline(
+    ctx: Any, f: Callable[..., Any], avals_in: Sequence[Any], avals_out: Sequence[Any], *args: Any
+) -> list[Any]:
+    """Lowers a traceable function of these operands in place; its results' IR values."""
+    sub = ctx.replace(avals_in=list(avals_in), avals_out=list(avals_out), primitive=None)
+    results = _mlir.lower_fun(f, multiple_results=True)(sub, *args)
+    flat = []
+    for r in results:  # 0.10 wraps each result in a list
+        flat.extend(r if isinstance(r, (list, tuple)) else [r])
+    return flat
+
+
+def ordered_ffi_call(
+    ctx: Any,
+    target: str,
+    operands: Sequence[Any],
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    **attributes: Any,
+) -> list[Any]:
+    """Lowers to a custom call that runs after every earlier one of the module, and before later ones.
+
+    The order is a token's, threaded through the module by JAX's own machinery for ordered effects.
+    """
+    token = ctx.tokens_in.get(STATE)
+    call_ctx = ctx.replace(
+        avals_in=[_core.abstract_token, *avals_in], avals_out=[_core.abstract_token, *avals_out]
+    )
+    lower = jax.ffi.ffi_lowering(target, has_side_effect=True)
+    token, *results = lower(call_ctx, token, *operands, **attributes)
+    ctx.set_tokens_out(ctx.tokens_in.update_tokens(_mlir.TokenSet({STATE: token})))
+    return results
+
+
+def keep_alive(ctx: Any, obj: Any) -> None:
+    """Makes a module under construction, and the program compiled from it, hold `obj`."""
+    ctx.module_context.add_keepalive(obj)
+
+
+def module_devices(ctx: Any) -> tuple[int | None, tuple[str, ...]]:
+    """How a module is spread: (number of devices if SPMD, mesh axes left to the partitioner)."""
+    axis_context = ctx.module_context.axis_context
+    kind = type(axis_context).__name__
+    if kind == "ShardingContext":
+        return axis_context.num_devices, ()
+    if kind == "SPMDAxisContext":
+        mesh = axis_context.mesh
+        auto = [
+            n for n in mesh.axis_names if n not in axis_context.manual_axes and mesh.shape[n] > 1
+        ]
+        return None, tuple(str(n) for n in auto)
+    return None, ()
+
+
+# --- Wrapped rules: batching of control flow ------------------------------------------------------
+
+
+def batched_jaxpr(
+    jaxpr: Any, axis_data: Any, in_axes: Sequence[int | None], out_axes: Sequence[int | None]
+) -> Any:
+    """A closed jaxpr under vmap, with the batch axes of its results moved to `out_axes`."""
+    out = _batching.batch_jaxpr_axes(jaxpr, axis_data, tuple(in_axes), tuple(out_axes))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def batched_out_axes(jaxpr: Any, axis_data: Any, in_axes: Sequence[int | None]) -> list[int | None]:
+    """Where a closed jaxpr's results are batched if its operands are batched at `in_axes`."""
+    return list(_batching.batch_jaxpr2(jaxpr, axis_data, tuple(in_axes))[1])
+
+
+def move_to_front(axis_data: Any, x: Any, axis: int | None) -> Any:
+    """`x` with its batch axis first; broadcast if it has none."""
+    return _batching.bdim_at_front(x, axis, axis_data.size, mesh_axis=axis_data.explicit_mesh_axis)
+
+
+def move_axis(axis_data: Any, x: Any, source: int | None, target: int | None) -> Any:
+    """`x` with its batch axis moved from `source` to `target`; broadcast if it has none."""
+    return _batching.matchaxis(axis_data, source, target, x)
+
+
+@functools.cache
+def _moved_axis_data_class() -> type:
+    # A subclass compares unequal to its base, so JAX's caches of batched jaxprs keep the two apart.
+    return type("MovedAxisData", (_batching.AxisData,), {"__slots__": ()})
+
+
+def as_moved(axis_data: Any) -> Any:
+    """Marks a vmap level as seen from inside control flow that JAX batched, where axes move."""
+    cls = _moved_axis_data_class()
+    if isinstance(axis_data, cls):
+        return axis_data
+    return cls(**{f.name: getattr(axis_data, f.name) for f in dataclasses.fields(axis_data)})
+
+
+def is_moved(axis_data: Any) -> bool:
+    return isinstance(axis_data, _moved_axis_data_class())
+
+
+def wrap_batching(primitive: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces a JAX primitive's batching rule by `make(rule)`."""
+    original = _batching.fancy_primitive_batchers[primitive]
+    _batching.fancy_primitive_batchers[primitive] = functools.wraps(original)(make(original))
+
+
+# --- Patches, installed with the first index ------------------------------------------------------
+
+
+class _WithoutState:
+    """JAX's set of ordered effects as the dispatcher sees it: without ours.
+
+    An ordered effect costs ~150 us a dispatch and one failed program poisons all later ones
+    (jax 0.4 to 0.12). Our token starts and ends inside the module, so the executable needs none.
+    """
+
+    def __init__(self, effect_types: Any):
+        self._types = effect_types
+
+    def filter_in(self, effects: Any) -> list[Any]:
+        return [e for e in self._types.filter_in(effects) if not isinstance(e, StateEffect)]
+
+    def filter_not_in(self, effects: Any) -> list[Any]:
+        return [e for e in self._types.filter_not_in(effects) if not isinstance(e, StateEffect)]
+
+    def contains(self, effect: Any) -> bool:
+        return self._types.contains(effect) and not isinstance(effect, StateEffect)
+
+
+def _register_effect() -> None:
+    for effect_types in (
+        _effects.ordered_effects,
+        _effects.shardable_ordered_effects,
+        _effects.lowerable_effects,
+        _effects.control_flow_allowed_effects,
+        _effects.remat_allowed_effects,
+        _effects.custom_derivatives_allowed_effects,
+    ):
+        effect_types.add_type(StateEffect)
+
+
+def _keep_token_in_module() -> None:
+    # pxla reads `effects.ordered_effects` when it builds an executable: give it a view without ours.
+    names = {k: getattr(_effects, k) for k in dir(_effects) if not k.startswith("__")}
+    view = types.SimpleNamespace(**names)
+    view.ordered_effects = _WithoutState(_effects.ordered_effects)
+    _pxla.effects = view
+
+    # With no token from outside, the first use inside the module makes one.
+    token_set = _mlir.TokenSet
+    get, subset, update = token_set.get, token_set.subset, token_set.update_tokens
+
+    def get_or_create(self, effect):
+        if isinstance(effect, StateEffect) and effect not in self._tokens:
+            self._tokens[effect] = _mlir.create_token()
+        return get(self, effect)
+
+    def subset_with_state(self, effects):
+        if any(isinstance(e, StateEffect) for e in effects):
+            return token_set({e: self.get(e) for e in effects})
+        return subset(self, effects)
+
+    def update_with_state(self, tokens):
+        if any(isinstance(e, StateEffect) for e, _ in tokens.items()):
+            return token_set({**self._tokens, **dict(tokens.items())})
+        return update(self, tokens)
+
+    token_set.get = get_or_create
+    token_set.subset = subset_with_state
+    token_set.update_tokens = update_with_state
+
+
+_partial_eval = threading.local()
+
+
+@contextlib.contextmanager
+def _hoisting_out_of_scan():
+    before = getattr(_partial_eval, "hoisting", False)
+    _partial_eval.hoisting = True
+    try:
+        yield
+    finally:
+        _partial_eval.hoisting = before
+
+
+def _stage(trace, tracers, primitive, params, out_avals, effects):
+    """Adds an equation to what a partial evaluation leaves for later, whatever is known already."""
+    tracers = [trace.instantiate_const(trace.to_jaxpr_tracer(t)) for t in tracers]
+    outs = [_pe.JaxprTracer(trace, _pe.PartialVal.unknown(a), None) for a in out_avals]
+    source = _source_info.current().replace(name_stack=trace._current_truncated_name_stack())
+    eqn = _pe.new_eqn_recipe(trace, tracers, outs, primitive, params, effects, source)
+    trace.effect_handles.append(_pe.EffectHandle(tracers, eqn))
+    for t in outs:
+        t.recipe = eqn
+    return outs
+
+
+def _keep_state_in_scan() -> None:
+    """JAX moves what is constant out of scans under grad and remat, effects and all (jax#16637)."""
+    known_hoisting = _loops._scan_known_hoisting
+
+    def no_hoisting_of_state(
+        jaxpr_known, known_consts, *num_res
+    ):  # one count in 0.10, two since 0.11
+        if has_state(jaxpr_known):
+            return jaxpr_known, known_consts, [False] * num_res[0], []
+        return known_hoisting(jaxpr_known, known_consts, *num_res)
+
+    _loops._scan_known_hoisting = no_hoisting_of_state
+
+    # Remat's partial evaluation of a scan finds what is constant by another partial evaluation: in
+    # that one, state and whatever contains it count as not constant.
+    scan_rule = _pe.partial_eval_jaxpr_custom_rules[lax.scan_p]
+
+    def scan_rule_with_state(*args, **kwargs):
+        with _hoisting_out_of_scan():
+            return scan_rule(*args, **kwargs)
+
+    _pe.partial_eval_jaxpr_custom_rules[lax.scan_p] = scan_rule_with_state
+
+    remat_p = _ad_checkpoint.remat_p
+    remat_rule = _pe.custom_partial_eval_rules[remat_p]
+
+    def remat_rule_with_state(trace, *tracers, jaxpr, **params):
+        if getattr(_partial_eval, "hoisting", False) and STATE in jaxpr.effects:
+            out_avals = [v.aval for v in jaxpr.outvars]
+            effects = _core.positional_effects(jaxpr)
+            return _stage(trace, tracers, remat_p, dict(jaxpr=jaxpr, **params), out_avals, effects)
+        return remat_rule(trace, *tracers, jaxpr=jaxpr, **params)
+
+    _pe.custom_partial_eval_rules[remat_p] = remat_rule_with_state
+
+
+def define_partial_eval(primitive: Any) -> None:
+    """Under grad and remat an operation on state runs once, in the forward pass; its results are saved."""
+
+    def known_and_saved(saveable, unknown_in, instantiate_in, eqn):
+        n = len(eqn.outvars)
+        return eqn, None, [False] * n, [False] * n, []
+
+    def staged_in_hoisting(trace, *tracers, **params):
+        if not getattr(_partial_eval, "hoisting", False):
+            return trace.default_process_primitive(primitive, tracers, params)
+        tracers = [trace.instantiate_const(t) for t in tracers]
+        out_avals, effects = primitive.abstract_eval(*[t.aval for t in tracers], **params)
+        return _stage(trace, tracers, primitive, params, out_avals, effects)
+
+    _pe.partial_eval_jaxpr_custom_rules[primitive] = known_and_saved
+    _pe.custom_partial_eval_rules[primitive] = staged_in_hoisting
+
+
+def on_runtime_error(told: Callable[[str], None]) -> None:
+    """Calls `told(message)` whenever JAX raises a JaxRuntimeError, in whatever way it comes about."""
+    original = JaxRuntimeError.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if args and isinstance(args[0], str):
+            told(args[0])
+
+    JaxRuntimeError.__init__ = init
+
+
+@functools.cache
+def install_patches() -> None:
+    """Teaches JAX about state, once. Programs without state take JAX's own code throughout."""
+    _register_effect()
+    _keep_token_in_module()
+    _keep_state_in_scan()
+
+
+# --- Running things now ---------------------------------------------------------------------------
+
+
+@functools.cache
+def _noop(device: Any) -> Callable[[], None]:
+    with eval_now():
+        x = jax.device_put(jnp.zeros(()), device)
+        run = jax.jit(lambda x: x + 1)
+        run(x).block_until_ready()
+    return lambda: run(x).block_until_ready()
+
+
+def wait_for_this_thread(device: Any) -> None:
+    """Waits for the programs that this thread has dispatched to the device.
+
+    A thread's programs on a device run in order, so a program that does nothing ends after them.
+    """
+    noop = _noop(device)
+    if no_trace():
+        noop()
+    else:
+        with eval_now():
+            noop()
+
+
+def local_device(ordinal: int, platform: str = "cpu") -> Any:
+    """The device with XLA's ordinal within this process."""
+    return _local_devices(platform)[ordinal]
+
+
+@functools.cache
+def _local_devices(platform: str) -> dict[int, Any]:
+    return {d.local_hardware_id: d for d in jax.local_devices(backend=platform)}
+
+
+def device_ordinal(device: Any) -> int:
+    return device.local_hardware_id
+
+
+def array_from_host(buffer: np.ndarray, aval: Any, device: Any) -> jax.Array:
+    """An array of these bytes, which nobody writes any more, on one device; no copy if XLA can do so."""
+    committed = device != _default_device()
+    sharding = _single_device_sharding(device)
+    return _xla_client.batched_device_put(aval, sharding, [buffer], [device], committed)
+
+
+@functools.cache
+def _single_device_sharding(device: Any) -> Any:
+    return jax.sharding.SingleDeviceSharding(device)
+
+
+def _default_device() -> Any:
+    device = jax.config.jax_default_device
+    return device if device is not None and not isinstance(device, str) else jax.local_devices()[0]
+
+
+def buffer_address(x: jax.Array) -> int:
+    """Where a ready single-device array lies in memory."""
+    return x.unsafe_buffer_pointer()

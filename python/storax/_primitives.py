@@ -1,0 +1,336 @@
+"""The primitives behind get_state and set_state, and what they do under each transformation.
+
+    get_state         *like        -> *state      slot, structure, levels, mesh
+    set_state         *state       ->             slot, structure, levels, mesh
+    set_state_masked  mask, *state ->             slot, structure, levels, mesh, mask_axes
+    frozen_state      *held, *like -> *held       structure, levels, held_levels, name
+
+`slot` and `structure` are numbers: objects in equations would be kept alive by JAX's caches.
+`levels` grows by one entry per vmap, innermost first: `(axis or None per leaf, moved)`; see
+`storax::BatchLevel`. `mask_axes` says where each of these levels is in the mask.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from . import _core, _jax, _store
+from ._slot import structure_at
+
+__all__ = ["frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
+
+get_p = _jax.Primitive("get_state")
+set_p = _jax.Primitive("set_state")
+set_masked_p = _jax.Primitive("set_state_masked")
+frozen_p = _jax.Primitive("frozen_state")
+for _p in (get_p, set_p, set_masked_p, frozen_p):
+    _p.multiple_results = True
+
+
+# --- Abstract evaluation --------------------------------------------------------------------------
+
+
+@get_p.def_effectful_abstract_eval
+def _(*like, **params):
+    return [_jax.vary_over_mesh(_jax.strong(a)) for a in like], {_jax.STATE}
+
+
+@set_p.def_effectful_abstract_eval
+def _(*state, **params):
+    return [], {_jax.STATE}
+
+
+@set_masked_p.def_effectful_abstract_eval
+def _(mask, *state, **params):
+    return [], {_jax.STATE}
+
+
+@frozen_p.def_abstract_eval
+def _(*held_and_like, **params):
+    return [_jax.strong(a) for a in held_and_like[len(held_and_like) // 2 :]]
+
+
+# --- Masks ----------------------------------------------------------------------------------------
+
+
+def _final_positions(axes: Sequence[int | None]) -> list[int | None]:
+    """Where each level's axis stands in the end: outer levels' axes push inner ones back."""
+    positions: list[int | None] = []
+    for axis in axes:
+        if axis is not None:
+            positions = [p if p is None or p < axis else p + 1 for p in positions]
+        positions.append(axis)
+    return positions
+
+
+def leaf_mask(
+    mask: Any,
+    mask_axes: Sequence[int | None],
+    leaf_axes: Sequence[int | None],
+    shape: Sequence[int],
+) -> Any:
+    """Spreads a mask over lanes to a leaf's shape.
+
+    Along a level that the leaf is not batched at, it is written if any lane is active.
+    """
+    in_mask, in_leaf = _final_positions(mask_axes), _final_positions(leaf_axes)
+    pairs = [(m, leaf) for m, leaf in zip(in_mask, in_leaf, strict=True) if m is not None]
+    reduced = [m for m, leaf in pairs if leaf is None]
+    kept = sorted((leaf, m - sum(r < m for r in reduced)) for m, leaf in pairs if leaf is not None)
+    if reduced:
+        mask = lax.reduce_or(mask, tuple(reduced))
+    mask = lax.transpose(mask, [m for _, m in kept])
+    return lax.broadcast_in_dim(mask, tuple(shape), [leaf for leaf, _ in kept])
+
+
+def _leaf_masks(
+    mask: Any, mask_axes: Sequence[int | None], levels: Sequence, shapes: Sequence
+) -> list[Any]:
+    return [
+        leaf_mask(mask, mask_axes, [axes[k] for axes, _ in levels], shape)
+        for k, shape in enumerate(shapes)
+    ]
+
+
+def masked_update(
+    mask: Any,
+    new: Sequence[Any],
+    old: Sequence[Any],
+    structure: int,
+    levels: Sequence,
+    mask_axes: Sequence[int | None],
+) -> list[Any]:
+    """The state after a masked set, as values."""
+    kinds = structure_at(structure).kinds
+    masks = _leaf_masks(mask, mask_axes, levels, [k.dims(x.shape) for k, x in zip(kinds, new)])
+    return [
+        lax.select(lax.broadcast_in_dim(m, x.shape, range(m.ndim)), x, o)
+        for m, x, o in zip(masks, new, old, strict=True)
+    ]
+
+
+# --- Eager ----------------------------------------------------------------------------------------
+
+
+def _shapes(leaves: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.shape for x in leaves)
+
+
+@get_p.def_impl
+def _(*like, slot, structure, levels, mesh):
+    return _store.get(_core.share_slot(slot), structure_at(structure), like, levels, mesh)
+
+
+@set_p.def_impl
+def _(*state, slot, structure, levels, mesh):
+    _store.set(_core.share_slot(slot), structure_at(structure), state, levels, mesh)
+    return []
+
+
+@set_masked_p.def_impl
+def _(mask, *state, slot, structure, levels, mesh, mask_axes):
+    kinds = structure_at(structure).kinds
+    dims = [k.dims(x.shape) for k, x in zip(kinds, state, strict=True)]
+    masks = _leaf_masks(mask, mask_axes, levels, dims)
+    _store.set(_core.share_slot(slot), structure_at(structure), state, levels, mesh, masks)
+    return []
+
+
+def _check_frozen(held, like, structure, levels, held_levels, name):
+    agree = [a for a, _ in levels] == [a for a, _ in held_levels] and _shapes(held) == _shapes(like)
+    if not agree:
+        made = structure_at(structure)
+        holds = _core.type_text(made.type_id(_shapes(held), held_levels, ()))
+        asked = _core.type_text(made.type_id(_shapes(like), levels, ()))
+        raise RuntimeError(
+            f"storax.get_state of {name}, frozen by `inference=True`: it holds {holds}, but `like` "
+            f"is {asked}. Get and set must agree in dtype, shape, PyTree structure and batch axes."
+        )
+
+
+@frozen_p.def_impl
+def _(*held_and_like, **params):
+    n = len(held_and_like) // 2
+    _check_frozen(held_and_like[:n], held_and_like[n:], **params)
+    return list(held_and_like[:n])
+
+
+# --- vmap -----------------------------------------------------------------------------------------
+
+
+def _recorded(levels: tuple, axis_data: Any, dims: Sequence[int | None]) -> tuple:
+    """A level is part of the type only if some leaf of this call is batched at it."""
+    if all(d is None for d in dims):
+        return levels
+    return (*levels, (tuple(dims), _jax.is_moved(axis_data)))
+
+
+def _batch_get(axis_data, like, dims, *, levels, **params):
+    out = get_p.bind(*like, levels=_recorded(levels, axis_data, dims), **params)
+    return out, list(dims)
+
+
+def _batch_set(axis_data, state, dims, *, levels, **params):
+    set_p.bind(*state, levels=_recorded(levels, axis_data, dims), **params)
+    return [], []
+
+
+def _batch_set_masked(axis_data, args, dims, *, levels, mask_axes, **params):
+    (mask, *state), (mask_dim, *state_dims) = args, dims
+    if all(d is None for d in state_dims):
+        # No leaf has this level: the state is written if any of its lanes is active.
+        if mask_dim is not None:
+            mask = lax.reduce_or(mask, (mask_dim,))
+    else:
+        levels = _recorded(levels, axis_data, state_dims)
+        mask_axes = (*mask_axes, mask_dim)
+    set_masked_p.bind(mask, *state, levels=levels, mask_axes=mask_axes, **params)
+    return [], []
+
+
+def _batch_frozen(axis_data, args, dims, *, levels, held_levels, **params):
+    n = len(args) // 2
+    held_dims, like_dims = dims[:n], dims[n:]
+    if all(d is None for d in held_dims):
+        levels = _recorded(levels, axis_data, like_dims)
+        out = frozen_p.bind(*args, levels=levels, held_levels=held_levels, **params)
+        return out, list(like_dims)
+    # The state itself is mapped over, as one of several models is: each lane has its own part.
+    like = [
+        x if dl is None and dh is None else _jax.move_axis(axis_data, x, dl, dh)
+        for x, dl, dh in zip(args[n:], like_dims, held_dims, strict=True)
+    ]
+    out = frozen_p.bind(*args[:n], *like, levels=levels, held_levels=held_levels[1:], **params)
+    return out, list(held_dims)
+
+
+_jax.define_batching(get_p, _batch_get)
+_jax.define_batching(set_p, _batch_set)
+_jax.define_batching(set_masked_p, _batch_set_masked)
+_jax.define_batching(frozen_p, _batch_frozen)
+
+
+# --- Differentiation: state is a constant ----------------------------------------------------------
+
+
+def _jvp_of_get(primitive):
+    def rule(primals, tangents, **params):
+        out = primitive.bind(*primals, **params)
+        return out, [_jax.zero_tangent(x) for x in out]
+
+    return rule
+
+
+def _jvp_of_set(primitive):
+    def rule(primals, tangents, *, slot, **params):
+        if any(type(t) is not _jax.Zero for t in tangents):
+            name = _core.share_slot(slot).name
+            raise NotImplementedError(
+                f"storax.set_state of {name}: the new state depends on what is being differentiated, "
+                "and state has no derivative. If it is a record, such as a running statistic, set "
+                "`jax.lax.stop_gradient(state)`; if gradients must flow through it, pass it along "
+                "as a value instead."
+            )
+        return primitive.bind(*primals, slot=slot, **params), []
+
+    return rule
+
+
+_jax.define_jvp(get_p, _jvp_of_get(get_p))
+_jax.define_jvp(frozen_p, _jvp_of_get(frozen_p))
+_jax.define_jvp(set_p, _jvp_of_set(set_p))
+_jax.define_jvp(set_masked_p, _jvp_of_set(set_masked_p))
+for _p in (get_p, set_p, set_masked_p):
+    _jax.define_partial_eval(_p)
+
+
+# --- Lowering -------------------------------------------------------------------------------------
+
+
+def _refuse(ctx, slot, op):
+    """Where an FFI call could not keep its promise, XLA would abort, or be silently wrong."""
+    devices, auto_axes = _jax.module_devices(ctx)
+    name = slot.name
+    if devices not in (None, 1):
+        raise NotImplementedError(
+            f"storax.{op} of {name} in a program that JAX spreads over {devices} devices: under "
+            "plain `jax.jit` a state lives on one device. Use `storax.jit`, which keeps it as one "
+            "sharded array; or `jax.shard_map` over every mesh axis, for one state per device; or "
+            "keep the program's arguments on one device."
+        )
+    if auto_axes:
+        raise NotImplementedError(
+            f"storax.{op} of {name} inside a `jax.shard_map` that leaves the mesh axes "
+            f"{list(auto_axes)} to the partitioner. Use `storax.jit`, or make every axis manual."
+        )
+
+
+def _state_attribute(slot, type_id):
+    return np.array([slot.id, type_id, _core.process_nonce()], np.int64)
+
+
+def _lower(ctx, op, target, slot_id, type_id, operands, avals_in):
+    slot = _core.share_slot(slot_id)
+    _refuse(ctx, slot, op)
+    _store.register_handlers()
+    _jax.keep_alive(ctx, slot)
+    return _jax.ordered_ffi_call(
+        ctx, target, operands, avals_in, ctx.avals_out, state=_state_attribute(slot, type_id)
+    )
+
+
+def _type_of(structure, avals, levels, mesh):
+    return structure_at(structure).type_id(_shapes(avals), levels, mesh)
+
+
+def _lower_get(ctx, *like, slot, structure, levels, mesh):
+    type_id = _type_of(structure, ctx.avals_out, levels, mesh)
+    return _lower(ctx, "get_state", _store.GET, slot, type_id, (), ())
+
+
+def _lower_set(ctx, *state, slot, structure, levels, mesh):
+    type_id = _type_of(structure, ctx.avals_in, levels, mesh)
+    return _lower(ctx, "set_state", _store.SET, slot, type_id, state, ctx.avals_in)
+
+
+def _lower_set_masked(ctx, mask, *state, slot, structure, levels, mesh, mask_axes):
+    avals = ctx.avals_in[1:]
+    dims = [k.dims(a.shape) for k, a in zip(structure_at(structure).kinds, avals, strict=True)]
+    mask_avals = [_jax.shaped(d, bool) for d in dims]
+
+    def spread(mask):
+        return _leaf_masks(mask, mask_axes, levels, dims)
+
+    masks = _jax.lower_inline(ctx, spread, ctx.avals_in[:1], mask_avals, mask)
+    type_id = _type_of(structure, avals, levels, mesh)
+    operands, avals_in = [*masks, *state], [*mask_avals, *avals]
+    return _lower(ctx, "set_state", _store.SET_MASKED, slot, type_id, operands, avals_in)
+
+
+def _lower_frozen(ctx, *held_and_like, **params):
+    n = len(held_and_like) // 2
+    _check_frozen(ctx.avals_in[:n], ctx.avals_in[n:], **params)
+    return list(held_and_like[:n])
+
+
+def _refuse_platform(op):
+    def rule(ctx, *args, slot, **params):
+        platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
+        raise NotImplementedError(
+            f"storax.{op} of {_core.share_slot(slot).name}: state has no handler on {platforms} "
+            "yet. Run the program on the CPU, for example under `jax.default_device`."
+        )
+
+    return rule
+
+
+for _p, _op, _rule in (
+    (get_p, "get_state", _lower_get),
+    (set_p, "set_state", _lower_set),
+    (set_masked_p, "set_state", _lower_set_masked),
+):
+    _jax.define_lowering(_p, _refuse_platform(_op))
+    _jax.define_lowering(_p, _rule, platform="cpu")
+_jax.define_lowering(frozen_p, _lower_frozen)

@@ -1,0 +1,167 @@
+"""Running operations at once: between JAX's arrays and the C++ store, and what must be waited for."""
+
+import atexit
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from . import _core, _jax
+from ._slot import from_stored, type_parts
+
+__all__ = ["GET", "SET", "SET_MASKED", "barrier", "get", "register_handlers", "set"]
+
+GET = "storax.get_state"
+SET = "storax.set_state"
+SET_MASKED = "storax.set_state_masked"
+
+_pid = os.getpid()
+
+
+@functools.cache
+def register_handlers() -> None:
+    """Gives XLA our handlers; called when the first program with state is lowered."""
+    # XLA wants a platform's types before its handlers, which JAX sees to only once the platform's
+    # back end exists.
+    jax.local_devices(backend="cpu")
+    jax.ffi.register_ffi_type("storax.Share", _core.share_type(), platform="cpu")
+    handlers = _core.handlers()
+    for target, handler in ((GET, "get"), (SET, "set"), (SET_MASKED, "set_masked")):
+        stages = {"instantiate": handlers["instantiate"], "execute": handlers[handler]}
+        jax.ffi.register_ffi_target(target, stages, platform="cpu")
+    # A failure that JAX itself has raised need not be raised again.
+    _jax.on_runtime_error(_core.acknowledge_failure)
+    atexit.register(_report_at_exit)
+
+
+def check_process() -> None:
+    if os.getpid() != _pid:
+        raise RuntimeError(
+            "storax: this process was forked from one that had imported JAX and storax, and neither "
+            "works in such a child. Start processes with "
+            "`multiprocessing.get_context('spawn')`, or fork before importing them."
+        )
+
+
+def raise_failures() -> None:
+    """Raises what failed in programs that nobody has blocked on, once."""
+    if _core.pending_failures():
+        messages = _core.take_failures()
+        if messages:
+            raise RuntimeError(
+                "An earlier program failed while it ran, and nothing had raised it yet.\n"
+                + "\n".join(messages)
+            )
+
+
+def settle(slot: Any, device: Any) -> None:
+    """Lets this thread's earlier programs finish, if any may touch the slot."""
+    check_process()
+    if slot.num_programs:
+        _jax.wait_for_this_thread(device)
+    raise_failures()
+
+
+def barrier() -> None:
+    """Waits for every program that this thread has dispatched, and raises what failed in them.
+
+    **Raises:** `RuntimeError` if a `get_state` or `set_state` failed in a program, and nothing has
+    raised that failure yet. Programs of other threads are not waited for.
+    """
+    check_process()
+    if register_handlers.cache_info().currsize:
+        for device in jax.local_devices(backend="cpu"):
+            _jax.wait_for_this_thread(device)
+    raise_failures()
+
+
+def _report_at_exit() -> None:
+    if os.getpid() != _pid:
+        return
+    try:
+        barrier()
+    except RuntimeError as e:
+        print(f"storax: {e}", file=sys.stderr)
+
+
+def _device_of(leaves: Sequence[Any], op: str, slot: Any) -> Any:
+    devices = {d for x in leaves for d in x.devices()}
+    if not devices:
+        return jax.local_devices()[0]
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"storax.{op} of {slot.name}: the arrays lie on {len(devices)} devices. Outside "
+            "`storax.jit` a state lives on one device: move them there with `jax.device_put`."
+        )
+    (device,) = devices
+    if device.platform != "cpu":
+        raise NotImplementedError(
+            f"storax.{op} of {slot.name}: state on {device.platform} devices is not supported yet. "
+            "Keep the arrays on the CPU, for example under `jax.default_device`."
+        )
+    return device
+
+
+def _check_no_tracers(leaves: Sequence[Any], op: str, slot: Any) -> None:
+    for x in leaves:
+        if isinstance(x, _jax.Tracer):
+            raise jax.errors.UnexpectedTracerError(
+                f"storax.{op} of {slot.name}: an array is a tracer of a function that JAX has "
+                f"finished tracing, {x}. It escaped through a side effect: return it from that "
+                "function instead, or use set_state inside it."
+            )
+
+
+def get(slot: Any, structure: Any, like: Sequence[Any], levels: tuple, mesh: tuple) -> list[Any]:
+    """The state as fresh arrays, as the store keeps them."""
+    type_id = structure.type_id(tuple(x.shape for x in like), levels, mesh)
+    return _read(slot, type_id, structure.kinds, [_jax.strong(jax.typeof(x)) for x in like])
+
+
+def _read(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+    ordinal = max(slot.device, 0)
+    device = _jax.local_device(ordinal)
+    settle(slot, device)
+    return [
+        _jax.array_from_host(buffer.view(kind.stored).reshape(aval.shape), aval, device)
+        for buffer, kind, aval in zip(slot.get(type_id, ordinal), kinds, avals, strict=True)
+    ]
+
+
+def read_all(slot: Any) -> list[Any]:
+    """The state as fresh arrays of the user's dtypes, whatever its type."""
+    type_id = slot.type
+    parts = type_parts(type_id)
+    kinds = parts.structure.kinds
+    avals = [_jax.shaped(s, k.stored) for s, k in zip(parts.shapes, kinds, strict=True)]
+    with _jax.eval_now():
+        stored = _read(slot, type_id, kinds, avals)
+        return [from_stored(x, k) for x, k in zip(stored, kinds, strict=True)]
+
+
+def set(
+    slot: Any,
+    structure: Any,
+    state: Sequence[Any],
+    levels: tuple,
+    mesh: tuple,
+    masks: Sequence[Any] | None = None,
+) -> None:
+    """Copies arrays into the store, those elements where the masks, if given, are true."""
+    _check_no_tracers(state, "set_state", slot)
+    device = _device_of(state, "set_state", slot)
+    settle(slot, device)
+    type_id = structure.type_id(tuple(x.shape for x in state), levels, mesh)
+    ordinal = _jax.device_ordinal(device)
+    addresses = [_address(x) for x in state]
+    if masks is None:
+        slot.set(type_id, ordinal, addresses)
+    else:
+        slot.set_masked(type_id, ordinal, [_address(m) for m in masks], addresses)
+
+
+def _address(x: Any) -> int:
+    return _jax.buffer_address(x.block_until_ready())

@@ -1,0 +1,99 @@
+// What a failed operation tells the user.
+#include <algorithm>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "storax/store.h"
+
+namespace storax {
+namespace {
+
+bool is_batched(const Type& type) {
+  const auto& levels = type.desc().levels;
+  return std::any_of(levels.begin(), levels.end(), [](const BatchLevel& level) {
+    return std::any_of(level.axes.begin(), level.axes.end(),
+                       [](int a) { return a != kNotBatched; });
+  });
+}
+
+// Whether the types would agree if every batch axis could stand anywhere.
+bool differ_only_in_position(const Type& a, const Type& b) {
+  TypeDesc moved = a.desc();
+  for (BatchLevel& level : moved.levels) level.moved = true;
+  return !a.desc().levels.empty() && Type(moved, kNoType).agrees_up_to_moves(b, nullptr);
+}
+
+std::string hint(const Type& held, const Type& asked, bool is_get) {
+  const std::string what = is_get ? "`like`" : "the new state";
+  if (differ_only_in_position(asked, held)) {
+    return " Only the positions of the batch axes differ: use the same `in_axes`, best 0, in every "
+           "`vmap` that gets or sets this state.";
+  }
+  if (is_batched(held) && !is_batched(asked)) {
+    return " The state is batched and " + what +
+           " is not: under `vmap`, `jnp.zeros_like(x)` of a batched `x` is not batched; write `0 * "
+           "x` instead, or get it under the `vmap` it was set under.";
+  }
+  if (!is_batched(held) && is_batched(asked)) {
+    return " The state is not batched and " + what +
+           " is: set it under the same `vmap`, or make " + what + " independent of the batch.";
+  }
+  if (held.desc().mesh != asked.desc().mesh) {
+    return " A state set under `shard_map` or `pmap` belongs to that mapped program: use it there.";
+  }
+  return " Get and set must agree in dtype, shape, PyTree structure and batch axes. Make " + what +
+         " match, or use a new StateIndex.";
+}
+
+}  // namespace
+
+std::string Slot::explain(SlotId id, Status status, std::string_view op, Device device,
+                          TypeId asked_id) {
+  const bool is_get = op == "get_state";
+  std::string name, held_text = "nothing";
+  const Type* held = nullptr;
+  Device home = kNoDevice;
+  {
+    const SpinGuard guard(lock_);
+    if (!is_live(id)) status = Status::kDropped;
+    name = name_;
+    held = type_;
+    home = home_.device;
+  }
+  const Type* asked = find_type(asked_id);
+  if (held != nullptr) held_text = held->str();
+  const std::string asked_text = asked != nullptr ? asked->str() : "an unknown type";
+  std::string text = "storax." + std::string(op) + " of ";
+  text += status == Status::kDropped ? "a StateIndex that no longer exists" : name;
+  text += ": ";
+  switch (status) {
+    case Status::kOk:
+      return text + "done.";
+    case Status::kNeverSet:
+      text += "nothing has been set";
+      if (held != nullptr) text += " on device " + std::to_string(device);
+      return text + ", so there is no " + asked_text +
+             " to get. Call `storax.set_state` first; it may stand earlier in the same program.";
+    case Status::kTypeMismatch:
+      text += "it holds " + held_text + ", but " + (is_get ? "`like` is " : "the new state is ") +
+              asked_text + ".";
+      return held != nullptr && asked != nullptr ? text + hint(*held, *asked, is_get) : text;
+    case Status::kWrongDevice:
+      return text + "it holds " + held_text + " on device " + std::to_string(home) +
+             ", and this program runs on device " + std::to_string(device) +
+             ". A state lives where it was first set: run the program there, or use one StateIndex "
+             "per device.";
+    case Status::kPartialFirstSet:
+      return text + "this is the first set, and under `vmap` only some lanes take the branch, so " +
+             "the other lanes of " + asked_text +
+             " would stay unset. Set it once before the `vmap`, or before the branch.";
+    case Status::kOutOfMemory:
+      return text + "no memory for " + asked_text + ".";
+    case Status::kDropped:
+      return text + "its last StateIndex and every program that uses it are gone.";
+  }
+  return text;
+}
+
+}  // namespace storax

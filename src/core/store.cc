@@ -1,0 +1,363 @@
+#include "storax/store.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <utility>
+
+#include "copy.h"
+#include "storax/append_table.h"
+
+namespace storax {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+constexpr std::size_t kEventBytes = 16;
+
+std::atomic<std::int64_t> live_slots{0};
+std::atomic<std::int64_t> live_bytes{0};
+
+struct Table {
+  std::mutex mutex;
+  AppendTable<Slot> slots;
+  std::vector<std::uint32_t> free;  // guarded by mutex; has room for every slot
+};
+
+Table& table() {
+  static Table* const instance = new Table;  // leaked: programs may outlive static destructors
+  return *instance;
+}
+
+std::uint32_t index_of(SlotId id) { return static_cast<std::uint32_t>(id & 0xffffffff); }
+std::uint32_t generation_of(SlotId id) { return static_cast<std::uint32_t>(id >> 32); }
+
+// A state of no bytes still gets memory: a null pointer means that nothing was set.
+std::size_t bytes_for(const Type& type) { return std::max<std::size_t>(type.total_bytes(), 1); }
+
+std::byte* allocate(const Type& type) noexcept {
+  const std::size_t bytes = bytes_for(type);
+  void* data = ::operator new(bytes, kAlignment, std::nothrow);
+  if (data != nullptr) live_bytes.fetch_add(static_cast<std::int64_t>(bytes));
+  return static_cast<std::byte*>(data);
+}
+
+void deallocate(std::byte* data, const Type& type) noexcept {
+  if (data == nullptr) return;
+  live_bytes.fetch_sub(static_cast<std::int64_t>(bytes_for(type)));
+  ::operator delete(data, kAlignment);
+}
+
+void copy_leaf(std::byte* to, const std::byte* from, const Leaf& to_leaf, std::size_t bytes,
+               const std::vector<int>& moves) {
+  if (bytes == 0) return;
+  if (moves.empty()) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  const std::size_t item = to_leaf.item_bytes;
+  for_each_element(to_leaf.dims, moves, [&](std::size_t i, std::size_t j) {
+    std::memcpy(to + i * item, from + j * item, item);
+  });
+}
+
+const std::vector<int>& moves_of(const Permutations& moves, std::size_t leaf) {
+  static const std::vector<int> identity;
+  return moves.empty() ? identity : moves[leaf];
+}
+
+}  // namespace
+
+bool Slot::is_live(SlotId id) const noexcept {
+  return generation_of(id) == generation_ && refs_.load(std::memory_order_relaxed) > 0;
+}
+
+Slot::Cell* Slot::find_cell(Device device) noexcept {
+  if (home_.device == device) return &home_;
+  for (Cell& cell : others_) {
+    if (cell.device == device) return &cell;
+  }
+  return nullptr;
+}
+
+Status Slot::check(SlotId id, Device device, TypeId asked, Permutations* moves) noexcept {
+  if (!is_live(id)) return Status::kDropped;
+  if (type_id_ == kNoType) return Status::kNeverSet;
+  if (type_id_ != asked) {
+    const Type* type = find_type(asked);
+    try {
+      if (type == nullptr || !type->agrees_up_to_moves(*type_, moves)) return Status::kTypeMismatch;
+    } catch (...) {
+      return Status::kOutOfMemory;
+    }
+  }
+  if (find_cell(device) == nullptr) {
+    return type_->is_mapped() ? Status::kNeverSet : Status::kWrongDevice;
+  }
+  return Status::kOk;
+}
+
+void Slot::note(Event::Kind kind, const Cell& cell) noexcept {
+  if (events_.size() >= watch_capacity_) return;
+  try {
+    const std::size_t shown =
+        type_->num_leaves() == 0 ? 0 : std::min(type_->leaf_bytes(0), kEventBytes);
+    events_.push_back({kind, version(), std::vector<std::byte>(cell.data, cell.data + shown)});
+  } catch (...) {
+  }
+}
+
+Status Slot::get(SlotId id, Device device, TypeId want, Leaves out) noexcept {
+  const SpinGuard guard(lock_);
+  Permutations moves;
+  if (const Status status = check(id, device, want, &moves); status != Status::kOk) return status;
+  const Cell& cell = *find_cell(device);
+  const Type& as = type_id_ == want ? *type_ : *find_type(want);
+  try {
+    for (std::size_t k = 0; k < out.size(); ++k) {
+      copy_leaf(out[k], cell.data + type_->leaf_offset(k), as.desc().leaves[k],
+                type_->leaf_bytes(k), moves_of(moves, k));
+    }
+  } catch (...) {
+    return Status::kOutOfMemory;
+  }
+  ++gets_;
+  if (watch_capacity_ > 0) note(Event::Kind::kGet, cell);
+  return Status::kOk;
+}
+
+// Finds, or makes, the cell that a set will write. On the first set the type is taken on only once
+// there is memory for it, so that a failed set leaves the slot as it was.
+Status Slot::prepare_set(SlotId id, Device device, TypeId type, Permutations* moves,
+                         Cell** cell) noexcept {
+  Status status = check(id, device, type, moves);
+  // check() reads storage as the asked type; a set goes the other way.
+  if (status == Status::kOk) {
+    if (type_id_ != type) {
+      moves->clear();
+      try {
+        type_->agrees_up_to_moves(*find_type(type), moves);
+      } catch (...) {
+        return Status::kOutOfMemory;
+      }
+    }
+    *cell = find_cell(device);
+    return Status::kOk;
+  }
+  if (status != Status::kNeverSet) return status;
+  const Type* made = type_id_ == kNoType ? find_type(type) : type_;
+  if (made == nullptr) return Status::kTypeMismatch;
+  if (home_.data != nullptr) {
+    try {
+      others_.reserve(others_.size() + 1);
+    } catch (...) {
+      return Status::kOutOfMemory;
+    }
+  }
+  std::byte* data = allocate(*made);
+  if (data == nullptr) return Status::kOutOfMemory;
+  type_ = made;
+  type_id_ = made->id();
+  if (home_.data == nullptr) {
+    home_ = {device, data};
+    *cell = &home_;
+  } else {
+    others_.push_back({device, data});
+    *cell = &others_.back();
+  }
+  return Status::kOk;
+}
+
+Status Slot::set(SlotId id, Device device, TypeId type, ConstLeaves in) noexcept {
+  const SpinGuard guard(lock_);
+  Permutations moves;
+  Cell* cell = nullptr;
+  const Status status = prepare_set(id, device, type, &moves, &cell);
+  if (status != Status::kOk) return status;
+  try {
+    for (std::size_t k = 0; k < in.size(); ++k) {
+      copy_leaf(cell->data + type_->leaf_offset(k), in[k], type_->desc().leaves[k],
+                type_->leaf_bytes(k), moves_of(moves, k));
+    }
+  } catch (...) {
+    return Status::kOutOfMemory;
+  }
+  ++sets_;
+  version_.fetch_add(1, std::memory_order_acq_rel);
+  if (watch_capacity_ > 0) note(Event::Kind::kSet, *cell);
+  return Status::kOk;
+}
+
+Status Slot::set_masked(SlotId id, Device device, TypeId type, std::span<const bool* const> masks,
+                        ConstLeaves in) noexcept {
+  const Type* asked = find_type(type);
+  if (asked == nullptr) return Status::kTypeMismatch;
+  bool any = false, all = true;
+  for (std::size_t k = 0; k < in.size(); ++k) {
+    const std::size_t count = asked->leaf_bytes(k) / asked->desc().leaves[k].item_bytes;
+    for (std::size_t i = 0; i < count; ++i) {
+      any = any || masks[k][i];
+      all = all && masks[k][i];
+    }
+  }
+  if (all) return set(id, device, type, in);
+
+  const SpinGuard guard(lock_);
+  Permutations moves;
+  Status status = check(id, device, type, &moves);
+  if (status == Status::kNeverSet) return any ? Status::kPartialFirstSet : Status::kOk;
+  if (status != Status::kOk || !any) return status;
+  Cell* cell = nullptr;
+  status = prepare_set(id, device, type, &moves, &cell);
+  if (status != Status::kOk) return status;
+  try {
+    for (std::size_t k = 0; k < in.size(); ++k) {
+      const Leaf& leaf = type_->desc().leaves[k];
+      std::byte* to = cell->data + type_->leaf_offset(k);
+      for_each_element(leaf.dims, moves_of(moves, k), [&](std::size_t i, std::size_t j) {
+        if (masks[k][j]) {
+          std::memcpy(to + i * leaf.item_bytes, in[k] + j * leaf.item_bytes, leaf.item_bytes);
+        }
+      });
+    }
+  } catch (...) {
+    return Status::kOutOfMemory;
+  }
+  ++sets_;
+  version_.fetch_add(1, std::memory_order_acq_rel);
+  if (watch_capacity_ > 0) note(Event::Kind::kSet, *cell);
+  return Status::kOk;
+}
+
+std::string Slot::name() {
+  const SpinGuard guard(lock_);
+  return name_;
+}
+
+TypeId Slot::type() noexcept {
+  const SpinGuard guard(lock_);
+  return type_id_;
+}
+
+Device Slot::device() noexcept {
+  const SpinGuard guard(lock_);
+  return type_ != nullptr && !type_->is_mapped() ? home_.device : kNoDevice;
+}
+
+std::vector<Device> Slot::devices() {
+  const SpinGuard guard(lock_);
+  std::vector<Device> found;
+  if (home_.data != nullptr) found.push_back(home_.device);
+  for (const Cell& cell : others_) found.push_back(cell.device);
+  return found;
+}
+
+std::int64_t Slot::num_gets() noexcept {
+  const SpinGuard guard(lock_);
+  return gets_;
+}
+
+std::int64_t Slot::num_sets() noexcept {
+  const SpinGuard guard(lock_);
+  return sets_;
+}
+
+void Slot::watch(std::size_t capacity) {
+  std::vector<Event> fresh;
+  fresh.reserve(capacity);
+  const SpinGuard guard(lock_);
+  events_.swap(fresh);
+  watch_capacity_ = capacity;
+}
+
+std::vector<Event> Slot::events() {
+  const SpinGuard guard(lock_);
+  return events_;
+}
+
+void Slot::drop() noexcept {
+  {
+    const SpinGuard guard(lock_);
+    if (type_ != nullptr) {
+      deallocate(home_.data, *type_);
+      for (const Cell& cell : others_) deallocate(cell.data, *type_);
+    }
+    type_id_ = kNoType;
+    type_ = nullptr;
+    home_ = {};
+    others_ = {};
+    gets_ = sets_ = 0;
+    generation_ = (generation_ + 1) & 0x7fffffff;
+    watch_capacity_ = 0;
+    events_ = {};
+    name_ = {};
+    version_.store(0, std::memory_order_release);
+    programs_.store(0, std::memory_order_release);
+  }
+  live_slots.fetch_sub(1);
+  Table& t = table();
+  const std::lock_guard lock(t.mutex);
+  t.free.push_back(index_);
+}
+
+Slot* find_slot(SlotId id) noexcept { return table().slots.find(index_of(id)); }
+
+SlotId create_slot_id(std::string name) {
+  Table& t = table();
+  const std::lock_guard lock(t.mutex);
+  std::uint32_t index = 0;
+  if (t.free.empty()) {
+    const std::uint32_t next = t.slots.size();
+    // Room for every slot, so that dropping one never allocates.
+    if (t.free.capacity() <= next) t.free.reserve(2 * std::size_t{next} + 64);
+    index = t.slots.append([&](Slot& slot) { slot.index_ = next; });
+  } else {
+    index = t.free.back();
+    t.free.pop_back();
+  }
+  Slot& slot = *t.slots.find(index);
+  const SpinGuard guard(slot.lock_);
+  slot.name_ = std::move(name);
+  slot.refs_.store(1, std::memory_order_release);
+  live_slots.fetch_add(1);
+  return static_cast<SlotId>((static_cast<std::uint64_t>(slot.generation_) << 32) | index);
+}
+
+SlotRef SlotRef::create(std::string name) {
+  const SlotId id = create_slot_id(std::move(name));
+  return SlotRef(find_slot(id), id);
+}
+
+SlotRef SlotRef::share(SlotId id) noexcept {
+  Slot* slot = find_slot(id);
+  if (slot == nullptr) return {};
+  const SpinGuard guard(slot->lock_);
+  if (!slot->is_live(id)) return {};
+  // refs_ cannot reach zero between the check and here: whoever releases the last share does so
+  // under the lock.
+  slot->refs_.fetch_add(1, std::memory_order_relaxed);
+  return SlotRef(slot, id);
+}
+
+SlotRef::SlotRef(SlotRef&& other) noexcept
+    : slot_(std::exchange(other.slot_, nullptr)), id_(other.id_) {}
+
+SlotRef& SlotRef::operator=(SlotRef&& other) noexcept {
+  std::swap(slot_, other.slot_);
+  std::swap(id_, other.id_);
+  return *this;
+}
+
+SlotRef::~SlotRef() {
+  if (slot_ == nullptr) return;
+  bool last = false;
+  {
+    const SpinGuard guard(slot_->lock_);
+    last = slot_->refs_.fetch_sub(1, std::memory_order_acq_rel) == 1;
+  }
+  if (last) slot_->drop();
+}
+
+Usage usage() noexcept { return {live_slots.load(), live_bytes.load()}; }
+
+}  // namespace storax

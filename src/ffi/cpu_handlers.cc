@@ -1,0 +1,192 @@
+#include <array>
+#include <cstddef>
+#include <memory>
+#include <random>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "handlers.h"
+#include "storax/storax.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace storax::ffi {
+namespace {
+
+namespace xf = ::xla::ffi;
+
+// A decoded `state` attribute.
+struct Target {
+  SlotId slot;
+  TypeId type;
+  std::int64_t nonce;
+
+  explicit Target(xf::Span<const std::int64_t> state) noexcept
+      : slot(state[0]), type(static_cast<TypeId>(state[1])), nonce(state[2]) {}
+};
+
+// One pointer per leaf, without an allocation for states of a few leaves.
+template <class T>
+class Pointers {
+ public:
+  explicit Pointers(std::size_t size) : size_(size) {
+    if (size > few_.size()) many_.resize(size);
+  }
+  T* data() noexcept { return many_.empty() ? few_.data() : many_.data(); }
+  T& operator[](std::size_t i) noexcept { return data()[i]; }
+  std::span<const T> span() noexcept { return {data(), size_}; }
+
+ private:
+  std::size_t size_;
+  std::array<T, 16> few_{};
+  std::vector<T> many_;
+};
+
+xf::ErrorCode code_of(Status status) {
+  switch (status) {
+    case Status::kTypeMismatch:
+      return xf::ErrorCode::kInvalidArgument;
+    case Status::kOutOfMemory:
+      return xf::ErrorCode::kResourceExhausted;
+    default:
+      return xf::ErrorCode::kFailedPrecondition;
+  }
+}
+
+// The slow path: says what went wrong, and remembers it in case nobody blocks on the program.
+xf::Error fail(const Target& target, Status status, std::string_view op, Device device) noexcept {
+  try {
+    Slot* slot = find_slot(target.slot);
+    std::string message = slot == nullptr
+                              ? "storax." + std::string(op) + ": no such StateIndex."
+                              : slot->explain(target.slot, status, op, device, target.type);
+    failures::record(device, message);
+    return xf::Error(code_of(status), std::move(message));
+  } catch (...) {
+    return xf::Error(xf::ErrorCode::kResourceExhausted, "storax: out of memory");
+  }
+}
+
+template <class Body>
+xf::Error guarded(const Target& target, std::string_view op, Device device, Body&& body) noexcept {
+  Status status = Status::kDropped;
+  try {
+    if (Slot* slot = find_slot(target.slot); slot != nullptr) status = body(*slot);
+  } catch (...) {
+    status = Status::kOutOfMemory;
+  }
+  if (status == Status::kOk) [[likely]] return xf::Error::Success();
+  return fail(target, status, op, device);
+}
+
+xf::Error get(std::int32_t device, xf::Span<const std::int64_t> state, xf::RemainingArgs,
+              xf::RemainingRets results) {
+  const Target target(state);
+  return guarded(target, "get_state", device, [&](Slot& slot) {
+    const std::size_t leaves = results.size() - 1;
+    Pointers<std::byte*> out(leaves);
+    for (std::size_t k = 0; k < leaves; ++k) {
+      out[k] = static_cast<std::byte*>((*results.get<xf::AnyBuffer>(k + 1))->untyped_data());
+    }
+    return slot.get(target.slot, device, target.type, out.span());
+  });
+}
+
+const std::byte* bytes_of(const xf::RemainingArgs& args, std::size_t i) {
+  return static_cast<const std::byte*>(args.get<xf::AnyBuffer>(i)->untyped_data());
+}
+
+xf::Error set(std::int32_t device, xf::Span<const std::int64_t> state, xf::RemainingArgs args,
+              xf::RemainingRets) {
+  const Target target(state);
+  return guarded(target, "set_state", device, [&](Slot& slot) {
+    const std::size_t leaves = args.size() - 1;
+    Pointers<const std::byte*> in(leaves);
+    for (std::size_t k = 0; k < leaves; ++k) in[k] = bytes_of(args, k + 1);
+    return slot.set(target.slot, device, target.type, in.span());
+  });
+}
+
+xf::Error set_masked(std::int32_t device, xf::Span<const std::int64_t> state,
+                     xf::RemainingArgs args, xf::RemainingRets) {
+  const Target target(state);
+  return guarded(target, "set_state", device, [&](Slot& slot) {
+    const std::size_t leaves = (args.size() - 1) / 2;
+    Pointers<const bool*> masks(leaves);
+    Pointers<const std::byte*> in(leaves);
+    for (std::size_t k = 0; k < leaves; ++k) {
+      masks[k] = reinterpret_cast<const bool*>(bytes_of(args, k + 1));
+      in[k] = bytes_of(args, leaves + k + 1);
+    }
+    return slot.set_masked(target.slot, device, target.type, masks.span(), in.span());
+  });
+}
+
+// Lives as long as the executable does, and so through every run of it: a program that outlives the
+// Python objects it came from still finds its slot.
+class Share {
+ public:
+  static xf::TypeId id;
+
+  explicit Share(SlotRef ref) noexcept : ref_(std::move(ref)) { ref_->add_program(1); }
+  Share(Share&&) = delete;
+  ~Share() { ref_->add_program(-1); }
+
+ private:
+  SlotRef ref_;
+};
+xf::TypeId Share::id = XLA_FFI_UNKNOWN_TYPE_ID;
+xf::TypeInfo share_info = xf::MakeTypeInfo<Share>();
+
+xf::ErrorOr<std::unique_ptr<Share>> instantiate(xf::Span<const std::int64_t> state) {
+  const Target target(state);
+  if (target.nonce != process_nonce()) {
+    return xf::Unexpected(xf::Error(
+        xf::ErrorCode::kFailedPrecondition,
+        "storax: this program was compiled in another process, whose state does not exist here. "
+        "Compile it again in this process."));
+  }
+  SlotRef ref = SlotRef::share(target.slot);
+  if (!ref) {
+    return xf::Unexpected(xf::Error(xf::ErrorCode::kFailedPrecondition,
+                                    "storax: a StateIndex that this program uses no longer exists."));
+  }
+  return std::make_unique<Share>(std::move(ref));
+}
+
+xf::Error nothing(xf::RemainingArgs, xf::RemainingRets) { return xf::Error::Success(); }
+
+XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate,
+                       xf::Ffi::BindInstantiate().Attr<xf::Span<const std::int64_t>>("state"));
+
+auto bind_state() {
+  return xf::Ffi::Bind()
+      .Ctx<xf::DeviceOrdinal>()
+      .Attr<xf::Span<const std::int64_t>>("state")
+      .RemainingArgs()
+      .RemainingRets();
+}
+XLA_FFI_DEFINE_HANDLER(kGet, get, bind_state());
+XLA_FFI_DEFINE_HANDLER(kSet, set, bind_state());
+XLA_FFI_DEFINE_HANDLER(kSetMasked, set_masked, bind_state());
+XLA_FFI_DEFINE_HANDLER(kNothing, nothing, xf::Ffi::Bind().RemainingArgs().RemainingRets());
+
+}  // namespace
+
+std::int64_t process_nonce() noexcept {
+  static const std::int64_t nonce = [] {
+    std::random_device device;
+    const std::uint64_t bits = (std::uint64_t{device()} << 32) ^ device();
+    return static_cast<std::int64_t>(bits >> 1);
+  }();
+  return nonce;
+}
+
+const CpuHandlers& cpu_handlers() noexcept {
+  static const CpuHandlers handlers{kInstantiate, kGet,       kSet,       kSetMasked,
+                                    kNothing,     &Share::id, &share_info};
+  return handlers;
+}
+
+}  // namespace storax::ffi

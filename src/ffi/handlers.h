@@ -1,0 +1,32 @@
+// XLA FFI handlers for programs on one platform. This layer decodes XLA's call frames and knows the
+// core; it does not know Python.
+//
+// A call's attribute `state` is an array of three i64: slot id, type id, and process_nonce().
+// Operands and results start with a token, which orders the calls of a program:
+//   get:         (token)                 -> (token, leaf...)
+//   set:         (token, leaf...)        -> (token)
+//   set_masked:  (token, mask..., leaf...) -> (token)   one mask per leaf, of the leaf's shape
+#pragma once
+
+#include <cstdint>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace storax::ffi {
+
+// A number no other process has. Programs carry it, so that one which was compiled elsewhere, and
+// names the slots of another process, is never mistaken for one of ours.
+std::int64_t process_nonce() noexcept;
+
+struct CpuHandlers {
+  XLA_FFI_Handler* instantiate;  // gives the compiled program its share in the slot's life
+  XLA_FFI_Handler* get;
+  XLA_FFI_Handler* set;
+  XLA_FFI_Handler* set_masked;
+  XLA_FFI_Handler* nothing;  // does nothing: what an ordered call costs at least
+  XLA_FFI_TypeId* share_type_id;
+  XLA_FFI_TypeInfo* share_type_info;
+};
+const CpuHandlers& cpu_handlers() noexcept;
+
+}  // namespace storax::ffi

@@ -1,0 +1,205 @@
+// The Python extension storax._core: slots, types and failures for the Python layer, and the FFI
+// handlers as capsules for JAX to register.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../ffi/handlers.h"
+#include "storax/storax.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace storax {
+namespace {
+
+constexpr std::size_t kReleaseGilBytes = 1 << 16;
+constexpr std::align_val_t kAlignment{64};
+
+using Bytes = nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>;
+using LeafTuple = std::tuple<std::string, std::size_t, std::vector<std::int64_t>>;
+using LevelTuple = std::tuple<std::vector<int>, bool>;
+using MeshTuple = std::tuple<std::string, std::int64_t>;
+
+[[noreturn]] void raise(const SlotRef& slot, Status status, const char* op, Device device,
+                        TypeId asked) {
+  throw std::runtime_error(slot->explain(slot.id(), status, op, device, asked));
+}
+
+const Type& type_at(TypeId id) {
+  const Type* type = id == kNoType ? nullptr : find_type(id);
+  if (type == nullptr) throw std::invalid_argument("no such type");
+  return *type;
+}
+
+TypeId make_type(const std::vector<LeafTuple>& leaves, std::uint64_t structure,
+                 const std::string& structure_text, const std::vector<LevelTuple>& levels,
+                 const std::vector<MeshTuple>& mesh) {
+  TypeDesc desc;
+  for (const auto& [dtype, item_bytes, dims] : leaves) desc.leaves.push_back({dtype, item_bytes, dims});
+  desc.structure = structure;
+  desc.structure_text = structure_text;
+  for (const auto& [axes, moved] : levels) desc.levels.push_back({axes, moved});
+  for (const auto& [name, size] : mesh) desc.mesh.push_back({name, size});
+  return intern_type(std::move(desc));
+}
+
+// Fresh memory, aligned so that XLA can use it without a copy.
+Bytes fresh(std::size_t bytes) {
+  void* data = ::operator new(bytes == 0 ? 1 : bytes, kAlignment);
+  nb::capsule owner(data, [](void* p) noexcept { ::operator delete(p, kAlignment); });
+  const std::size_t shape[1] = {bytes};
+  return Bytes(data, 1, shape, owner);
+}
+
+// Runs `operation`, without the GIL if it copies enough for that to pay.
+template <class Operation>
+Status without_gil(const Type& type, Operation&& operation) {
+  std::optional<nb::gil_scoped_release> released;
+  if (type.total_bytes() >= kReleaseGilBytes) released.emplace();
+  return operation();
+}
+
+nb::list slot_get(const SlotRef& slot, TypeId type_id, Device device) {
+  const Type& type = type_at(type_id);
+  nb::list arrays;
+  std::vector<std::byte*> out;
+  for (std::size_t k = 0; k < type.num_leaves(); ++k) {
+    Bytes leaf = fresh(type.leaf_bytes(k));
+    out.push_back(reinterpret_cast<std::byte*>(leaf.data()));
+    arrays.append(leaf.cast(nb::rv_policy::reference));
+  }
+  const Status status = without_gil(type, [&] { return slot->get(slot.id(), device, type_id, out); });
+  if (status != Status::kOk) raise(slot, status, "get_state", device, type_id);
+  return arrays;
+}
+
+void check_count(const Type& type, std::size_t given) {
+  if (given != type.num_leaves()) throw std::invalid_argument("one address per leaf");
+}
+
+void slot_set(const SlotRef& slot, TypeId type_id, Device device,
+              const std::vector<std::uintptr_t>& addresses) {
+  const Type& type = type_at(type_id);
+  check_count(type, addresses.size());
+  std::vector<const std::byte*> in;
+  for (std::uintptr_t a : addresses) in.push_back(reinterpret_cast<const std::byte*>(a));
+  const Status status = without_gil(type, [&] { return slot->set(slot.id(), device, type_id, in); });
+  if (status != Status::kOk) raise(slot, status, "set_state", device, type_id);
+}
+
+void slot_set_masked(const SlotRef& slot, TypeId type_id, Device device,
+                     const std::vector<std::uintptr_t>& mask_addresses,
+                     const std::vector<std::uintptr_t>& addresses) {
+  const Type& type = type_at(type_id);
+  check_count(type, addresses.size());
+  check_count(type, mask_addresses.size());
+  std::vector<const bool*> masks;
+  std::vector<const std::byte*> in;
+  for (std::uintptr_t a : mask_addresses) masks.push_back(reinterpret_cast<const bool*>(a));
+  for (std::uintptr_t a : addresses) in.push_back(reinterpret_cast<const std::byte*>(a));
+  const Status status = without_gil(type, [&] { return slot->set_masked(slot.id(), device, type_id, masks, in); });
+  if (status != Status::kOk) raise(slot, status, "set_state", device, type_id);
+}
+
+nb::list slot_events(const SlotRef& slot) {
+  nb::list events;
+  for (const Event& e : slot->events()) {
+    events.append(nb::make_tuple(e.kind == Event::Kind::kGet ? "get" : "set", e.version,
+                                 nb::bytes(e.first_leaf.data(), e.first_leaf.size())));
+  }
+  return events;
+}
+
+nb::capsule handler_capsule(XLA_FFI_Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
+}
+
+nb::dict handler_capsules() {
+  const ffi::CpuHandlers& h = ffi::cpu_handlers();
+  nb::dict capsules;
+  capsules["instantiate"] = handler_capsule(h.instantiate);
+  capsules["get"] = handler_capsule(h.get);
+  capsules["set"] = handler_capsule(h.set);
+  capsules["set_masked"] = handler_capsule(h.set_masked);
+  capsules["nothing"] = handler_capsule(h.nothing);
+  return capsules;
+}
+
+nb::dict share_type() {
+  const ffi::CpuHandlers& h = ffi::cpu_handlers();
+  nb::dict registration;
+  registration["type_id"] = nb::capsule(static_cast<void*>(h.share_type_id));
+  registration["type_info"] = nb::capsule(static_cast<void*>(h.share_type_info));
+  return registration;
+}
+
+}  // namespace
+}  // namespace storax
+
+NB_MODULE(_core, m) {
+  using namespace storax;
+  // JAX's caches live until the interpreter is gone, and with them some handles: not our leak.
+  nb::set_leak_warnings(false);
+  m.doc() = "storax's engine: slots, their types, and XLA FFI handlers. Not for direct use.";
+
+  nb::class_<SlotRef>(m, "Slot", "A share in the life of one slot.", nb::is_weak_referenceable())
+      .def_prop_ro("id", [](const SlotRef& s) { return s.id(); }, "What programs name the slot by.")
+      .def_prop_ro("name", [](const SlotRef& s) { return s->name(); })
+      .def_prop_ro("type", [](const SlotRef& s) { return s->type(); },
+                   "The type's id; 0 until the first set.")
+      .def_prop_ro("device", [](const SlotRef& s) { return s->device(); },
+                   "The device's ordinal; -1 until the first set, or if mapped over a mesh.")
+      .def_prop_ro("devices", [](const SlotRef& s) { return s->devices(); })
+      .def_prop_ro("version", [](const SlotRef& s) { return s->version(); },
+                   "Grows with every set.")
+      .def_prop_ro("num_gets", [](const SlotRef& s) { return s->num_gets(); })
+      .def_prop_ro("num_sets", [](const SlotRef& s) { return s->num_sets(); })
+      .def_prop_ro("num_programs", [](const SlotRef& s) { return s->num_programs(); },
+                   "How many operations in compiled programs name the slot.")
+      .def("get", &slot_get, "type"_a, "device"_a,
+           "Each leaf's bytes in fresh memory. RuntimeError if the slot holds another type.")
+      .def("set", &slot_set, "type"_a, "device"_a, "addresses"_a,
+           "Copies the leaves at these addresses in. RuntimeError if the slot holds another type.")
+      .def("set_masked", &slot_set_masked, "type"_a, "device"_a, "mask_addresses"_a, "addresses"_a,
+           "Like set, where the masks are true.")
+      .def("watch", [](const SlotRef& s, std::size_t n) { s->watch(n); }, "capacity"_a,
+           "Keeps the next `capacity` events.")
+      .def("events", &slot_events, "(kind, version, first bytes of the first leaf) per event.");
+
+  m.def("create_slot", [](std::string name) { return SlotRef::create(std::move(name)); }, "name"_a);
+  m.def(
+      "share_slot",
+      [](SlotId id) {
+        SlotRef slot = SlotRef::share(id);
+        if (!slot) throw nb::key_error("no live slot has this id");
+        return slot;
+      },
+      "id"_a, "The live slot of that id. KeyError if it is gone.");
+  m.def("intern_type", &make_type, "leaves"_a, "structure"_a, "structure_text"_a, "levels"_a,
+        "mesh"_a,
+        "The id of a type. leaves: (dtype, bytes per element, dims); levels: (axis per leaf or -1, "
+        "moved); mesh: (axis name, size).");
+  m.def("type_text", [](TypeId id) { return type_at(id).str(); }, "type"_a);
+  m.def("record_failure", [](const std::string& text) { failures::record(0, text); }, "text"_a);
+  m.def("acknowledge_failure", [](const std::string& text) { failures::acknowledge(text); },
+        "text"_a, "Forgets the recorded failure whose message is part of `text`.");
+  m.def("pending_failures", &failures::pending);
+  m.def("take_failures", &failures::take);
+  m.def("usage", [] { return std::make_tuple(usage().slots, usage().bytes); },
+        "(live slots, bytes of their states)");
+  m.def("process_nonce", &ffi::process_nonce);
+  m.def("handlers", &handler_capsules);
+  m.def("share_type", &share_type);
+}

@@ -1,0 +1,31 @@
+"""Settings every test runs under, and what tests of several subjects share."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+
+import gc  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+import storax  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """No test may leave a failure that nobody was told about."""
+    yield
+    storax.barrier()
+
+
+@pytest.fixture
+def fresh_caches():
+    """For tests that count what is alive."""
+    jax.clear_caches()
+    gc.collect()
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -67,11 +67,13 @@ class Slot {
   // How many times get and set have succeeded.
   std::int64_t num_gets() noexcept;
   std::int64_t num_sets() noexcept;
-  // How many compiled programs name this slot.
+  // Whether an operation of this type would find a state that it agrees with.
+  bool accepts(SlotId id, TypeId type) noexcept;
+  // How many operations in compiled programs name this slot.
   std::int64_t num_programs() const noexcept {
     return programs_.load(std::memory_order_acquire);
   }
-  void add_program(std::int64_t n) noexcept { programs_.fetch_add(n, std::memory_order_acq_rel); }
+  void add_program(std::int64_t n) noexcept;
 
   // Starts to keep the next `capacity` events, forgetting earlier ones; 0 stops.
   void watch(std::size_t capacity);
@@ -143,10 +145,11 @@ class SlotRef {
   SlotId id_ = 0;
 };
 
-// For tests and diagnosis: live slots, and the bytes their states take.
+// Live slots, the bytes their states take, and who may run operations on them.
 struct Usage {
   std::int64_t slots;
   std::int64_t bytes;
+  std::int64_t programs;  // operations in compiled programs
 };
 Usage usage() noexcept;
 

@@ -174,7 +174,7 @@ def _install() -> None:
 
 def _published(slot: Slot) -> Published:
     core = slot.core
-    _store.settle(core, _jax.local_device(max(core.device, 0)))
+    _store.settle(_jax.local_device(max(core.device, 0)))
     version = core.version
     published = slot.published
     if published is None or published.version != version:
@@ -212,6 +212,8 @@ def _flatten_arrays(tree: Any, what: str, op: str, slot: Slot) -> tuple[list[Any
     for leaf in leaves:
         if not isinstance(leaf, jax.Array):
             _raise_not_array(tree, what, op, slot)
+    if _jax.no_trace():
+        _store.check_no_tracers(leaves, op, slot.core)
     structure = structure_of(treedef, leaves)
     if structure.widened:
         leaves = [to_stored(x, k) for x, k in zip(leaves, structure.kinds, strict=True)]

@@ -22,6 +22,7 @@ from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import dtypes as _dtypes
 from jax._src import effects as _effects
+from jax._src import pjit as _pjit
 from jax._src import source_info_util as _source_info
 from jax._src.interpreters import ad as _ad
 from jax._src.interpreters import batching as _batching
@@ -447,12 +448,37 @@ def on_runtime_error(told: Callable[[str], None]) -> None:
     JaxRuntimeError.__init__ = init
 
 
+_dispatch = threading.local()
+
+
+def _delay_fast_path() -> None:
+    """Errors at the call are RuntimeErrors only on JAX's Python path: its C++ path raises ValueError.
+
+    So a program takes the C++ path once none of its operations on state can fail any more.
+    """
+    fast_path_data, rebuild = _pjit._get_fastpath_data, _pjit._need_to_rebuild_with_fdo
+
+    def fast_path_data_if_safe(executable, *args, **kwargs):
+        held = getattr(getattr(executable, "unsafe_call", None), "keepalive", None) or ()
+        operations = [k for k in held if hasattr(k, "cannot_fail")]
+        _dispatch.unsafe = not all(k.cannot_fail() for k in operations)
+        return fast_path_data(executable, *args, **kwargs)
+
+    def rebuild_if_unsafe(profiler):
+        # True keeps the C++ path from remembering this call: the next one asks again.
+        return getattr(_dispatch, "unsafe", False) or rebuild(profiler)
+
+    _pjit._get_fastpath_data = fast_path_data_if_safe
+    _pjit._need_to_rebuild_with_fdo = rebuild_if_unsafe
+
+
 @functools.cache
 def install_patches() -> None:
     """Teaches JAX about state, once. Programs without state take JAX's own code throughout."""
     _register_effect()
     _keep_token_in_module()
     _keep_state_in_scan()
+    _delay_fast_path()
 
 
 # --- Running things now ---------------------------------------------------------------------------

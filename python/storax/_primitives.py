@@ -275,7 +275,7 @@ def _lower(ctx, op, target, slot_id, type_id, operands, avals_in):
     slot = _core.share_slot(slot_id)
     _refuse(ctx, slot, op)
     _store.register_handlers()
-    _jax.keep_alive(ctx, slot)
+    _jax.keep_alive(ctx, _store.Operation(slot, type_id))
     return _jax.ordered_ffi_call(
         ctx, target, operands, avals_in, ctx.avals_out, state=_state_attribute(slot, type_id)
     )

@@ -1,6 +1,7 @@
 """Running operations at once: between JAX's arrays and the C++ store, and what must be waited for."""
 
 import atexit
+import dataclasses
 import functools
 import os
 import sys
@@ -19,6 +20,18 @@ SET = "storax.set_state"
 SET_MASKED = "storax.set_state_masked"
 
 _pid = os.getpid()
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation of a program; programs hold these, and so keep their slots alive."""
+
+    slot: Any
+    type_id: int
+
+    def cannot_fail(self) -> bool:
+        """Whether the state is there, and of the right type, as it then is for ever."""
+        return self.slot.accepts(self.type_id)
 
 
 @functools.cache
@@ -57,10 +70,10 @@ def raise_failures() -> None:
             )
 
 
-def settle(slot: Any, device: Any) -> None:
-    """Lets this thread's earlier programs finish, if any may touch the slot."""
+def settle(device: Any) -> None:
+    """Lets this thread's earlier programs finish, if any program has state at all."""
     check_process()
-    if slot.num_programs:
+    if _core.num_programs():
         _jax.wait_for_this_thread(device)
     raise_failures()
 
@@ -105,13 +118,14 @@ def _device_of(leaves: Sequence[Any], op: str, slot: Any) -> Any:
     return device
 
 
-def _check_no_tracers(leaves: Sequence[Any], op: str, slot: Any) -> None:
+def check_no_tracers(leaves: Sequence[Any], op: str, slot: Any) -> None:
+    """With no trace active, a tracer is one that got away."""
     for x in leaves:
         if isinstance(x, _jax.Tracer):
             raise jax.errors.UnexpectedTracerError(
                 f"storax.{op} of {slot.name}: an array is a tracer of a function that JAX has "
-                f"finished tracing, {x}. It escaped through a side effect: return it from that "
-                "function instead, or use set_state inside it."
+                f"finished tracing, {jax.typeof(x)}. It escaped through a side effect: return it "
+                "from that function instead, or use set_state inside it."
             )
 
 
@@ -124,7 +138,7 @@ def get(slot: Any, structure: Any, like: Sequence[Any], levels: tuple, mesh: tup
 def _read(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
     ordinal = max(slot.device, 0)
     device = _jax.local_device(ordinal)
-    settle(slot, device)
+    settle(device)
     return [
         _jax.array_from_host(buffer.view(kind.stored).reshape(aval.shape), aval, device)
         for buffer, kind, aval in zip(slot.get(type_id, ordinal), kinds, avals, strict=True)
@@ -151,9 +165,8 @@ def set(
     masks: Sequence[Any] | None = None,
 ) -> None:
     """Copies arrays into the store, those elements where the masks, if given, are true."""
-    _check_no_tracers(state, "set_state", slot)
     device = _device_of(state, "set_state", slot)
-    settle(slot, device)
+    settle(device)
     type_id = structure.type_id(tuple(x.shape for x in state), levels, mesh)
     ordinal = _jax.device_ordinal(device)
     addresses = [_address(x) for x in state]

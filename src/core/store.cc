@@ -17,6 +17,7 @@ constexpr std::size_t kEventBytes = 16;
 
 std::atomic<std::int64_t> live_slots{0};
 std::atomic<std::int64_t> live_bytes{0};
+std::atomic<std::int64_t> live_programs{0};
 
 struct Table {
   std::mutex mutex;
@@ -229,6 +230,23 @@ Status Slot::set_masked(SlotId id, Device device, TypeId type, std::span<const b
   return Status::kOk;
 }
 
+bool Slot::accepts(SlotId id, TypeId type) noexcept {
+  const SpinGuard guard(lock_);
+  if (!is_live(id) || type_id_ == kNoType) return false;
+  if (type_id_ == type) return true;
+  const Type* asked = find_type(type);
+  try {
+    return asked != nullptr && asked->agrees_up_to_moves(*type_, nullptr);
+  } catch (...) {
+    return false;
+  }
+}
+
+void Slot::add_program(std::int64_t n) noexcept {
+  programs_.fetch_add(n, std::memory_order_acq_rel);
+  live_programs.fetch_add(n, std::memory_order_acq_rel);
+}
+
 std::string Slot::name() {
   const SpinGuard guard(lock_);
   return name_;
@@ -358,6 +376,6 @@ SlotRef::~SlotRef() {
   if (last) slot_->drop();
 }
 
-Usage usage() noexcept { return {live_slots.load(), live_bytes.load()}; }
+Usage usage() noexcept { return {live_slots.load(), live_bytes.load(), live_programs.load()}; }
 
 }  // namespace storax

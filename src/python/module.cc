@@ -168,6 +168,9 @@ NB_MODULE(_core, m) {
       .def_prop_ro("num_sets", [](const SlotRef& s) { return s->num_sets(); })
       .def_prop_ro("num_programs", [](const SlotRef& s) { return s->num_programs(); },
                    "How many operations in compiled programs name the slot.")
+      .def(
+          "accepts", [](const SlotRef& s, TypeId type) { return s->accepts(s.id(), type); },
+          "type"_a, "Whether an operation of this type would agree with the state.")
       .def("get", &slot_get, "type"_a, "device"_a,
            "Each leaf's bytes in fresh memory. RuntimeError if the slot holds another type.")
       .def("set", &slot_set, "type"_a, "device"_a, "addresses"_a,
@@ -197,8 +200,10 @@ NB_MODULE(_core, m) {
         "text"_a, "Forgets the recorded failure whose message is part of `text`.");
   m.def("pending_failures", &failures::pending);
   m.def("take_failures", &failures::take);
-  m.def("usage", [] { return std::make_tuple(usage().slots, usage().bytes); },
-        "(live slots, bytes of their states)");
+  m.def(
+      "usage", [] { return std::make_tuple(usage().slots, usage().bytes, usage().programs); },
+      "(live slots, bytes of their states, operations on them in compiled programs)");
+  m.def("num_programs", [] { return usage().programs; });
   m.def("process_nonce", &ffi::process_nonce);
   m.def("handlers", &handler_capsules);
   m.def("share_type", &share_type);

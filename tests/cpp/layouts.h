@@ -87,8 +87,8 @@ inline TwoLayouts random_layouts(std::mt19937* bits) {
 
 // The type of a state whose leaves have these layouts, `moved` or not at every level.
 inline TypeDesc describe_layouts(const std::vector<Layout>& layouts, bool moved,
-                                 std::vector<MeshAxis> mesh = {},
-                                 const std::string& dtype = "u64", std::size_t item_bytes = 8) {
+                                 std::vector<MeshAxis> mesh = {}, const std::string& dtype = "u64",
+                                 std::size_t item_bytes = 8) {
   std::vector<Leaf> leaves;
   std::vector<BatchLevel> levels(layouts.at(0).in_axes.size());
   for (const Layout& layout : layouts) {

@@ -51,7 +51,7 @@ BOOST_AUTO_TEST_CASE(every_field_matters) {
       [](TypeDesc& d) { d.levels.pop_back(); },
       [](TypeDesc& d) { d.levels.clear(); },
       [](TypeDesc& d) { d.levels.push_back({{0, 0}, false}); },
-      [](TypeDesc& d) { d.mesh[0].name = "z"; },
+      [](TypeDesc& d) { d.mesh[0].name += 'z'; },
       [](TypeDesc& d) { d.mesh[0].size = 3; },
       [](TypeDesc& d) { std::swap(d.mesh[0], d.mesh[1]); },
       [](TypeDesc& d) { d.mesh.pop_back(); },
@@ -74,7 +74,9 @@ BOOST_AUTO_TEST_CASE(the_structures_text_does_not_matter) {
 }
 
 BOOST_AUTO_TEST_CASE(names_cannot_pose_as_other_fields) {
-  const auto mesh = [](std::vector<MeshAxis> axes) { return make_type(std::vector{f32({})}, std::vector<BatchLevel>{}, std::move(axes)); };
+  const auto mesh = [](std::vector<MeshAxis> axes) {
+    return make_type(std::vector{f32({})}, std::vector<BatchLevel>{}, std::move(axes));
+  };
   BOOST_TEST(mesh({{"a", 12}}) != mesh({{"a1", 2}}));
   BOOST_TEST(mesh({{"a", 1}, {"b", 2}}) != mesh({{"a1#1:b", 2}}));
   BOOST_TEST(mesh({{"", 11}}) != mesh({{"1", 1}}));
@@ -95,7 +97,8 @@ BOOST_AUTO_TEST_CASE(names_cannot_pose_as_other_fields) {
   for (int i = 0; i < 5000; ++i) {
     TypeDesc desc = describe({f32({1})});
     std::vector<std::pair<std::string, std::int64_t>> key;
-    for (auto n = bits() % 3; n > 0; --n) desc.mesh.push_back({name(), 1 + bits() % 12});
+    for (auto n = bits() % 3; n > 0; --n)
+      desc.mesh.push_back({name(), 1 + static_cast<int>(bits() % 12)});
     desc.leaves[0].dtype = name();
     for (const MeshAxis& axis : desc.mesh) key.emplace_back(axis.name, axis.size);
     key.emplace_back(desc.leaves[0].dtype, -1);

@@ -40,8 +40,8 @@ BOOST_AUTO_TEST_CASE(only_moved_levels_may_differ) {
 }
 
 BOOST_AUTO_TEST_CASE(all_else_must_be_equal) {
-  const TypeDesc base =
-      describe({f32({5, 3}), i8({5})}, {{{0, 0}, true}, {{kNotBatched, kNotBatched}, true}}, {{"x", 2}});
+  const TypeDesc base = describe({f32({5, 3}), i8({5})},
+                                 {{{0, 0}, true}, {{kNotBatched, kNotBatched}, true}}, {{"x", 2}});
   BOOST_REQUIRE(agree(base, base));
   const std::vector<std::function<void(TypeDesc&)>> changes = {
       [](TypeDesc& d) { d.structure = 7; },

@@ -1,0 +1,122 @@
+# Everything a developer runs; `make help` lists it. Nothing is installed outside of this folder.
+
+# The interpreter that a new virtual environment is made with, and where that environment is.
+PYTHON ?= python3
+VENV ?= .venv
+# How many tests run at a time, and more arguments for pytest.
+WORKERS ?= auto
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+BUILD := build/$(notdir $(VENV))
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+CXX_FILES = $(shell find include src tests/cpp -name '*.cc' -o -name '*.h')
+
+# What the extension is made from.
+SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE $(shell find include src -type f)
+
+.PHONY: help
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+	  while IFS='|' read -r name text; do printf '  %-15s %s\n' "$$name" "$$text"; done
+
+# --- What people run ------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(VENV)/.extension $(VENV)/.demo ## Run examples/demo.py, which draws demo.png
+	$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: test-cpp test-python ## Run the tests, in C++ and in Python
+
+.PHONY: test-python
+test-python: $(VENV)/.extension $(VENV)/.test ## Run the tests in Python
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
+
+.PHONY: test-cpp
+test-cpp: ctest-plain ## Run the tests in C++
+
+.PHONY: test-sanitized
+test-sanitized: ctest-address ctest-thread ## Run the tests in C++ under ASan and UBSan, then under TSan
+
+.PHONY: test-all
+test-all: ## Run the tests in Python on every JAX that storax supports
+	@MAKE='$(MAKE)' sh tools/test_all.sh
+
+.PHONY: bench
+bench: $(VENV)/.extension $(VENV)/.bench ## Run the benchmarks
+	$(BIN)/python benchmarks/run.py
+
+.PHONY: lint
+lint: $(VENV)/.extension $(VENV)/.lint $(VENV)/.test ## Check format, style, types and stubs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+	@$(MAKE) --no-print-directory $(BUILD)/_core.pyi
+	@diff -u python/storax/_core.pyi $(BUILD)/_core.pyi || \
+	  { echo 'python/storax/_core.pyi is out of date: run `make stubs`, and commit it.'; exit 1; }
+
+.PHONY: format
+format: $(VENV)/.lint ## Format the code, and mend the style where that is safe
+	$(BIN)/ruff check --fix --quiet || true
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+.PHONY: stubs
+stubs: $(BUILD)/_core.pyi ## Write python/storax/_core.pyi anew, from the extension
+	cp $< python/storax/_core.pyi
+
+.PHONY: clean
+clean: ## Remove what was built, and the virtual environments
+	rm -rf build dist .venv .venv-* demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find python tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- The virtual environment ----------------------------------------------------------------------
+# A file per step says that it was done, so that a second run does only what has changed.
+
+$(VENV)/.created: tools/check_python.py
+	@$(PYTHON) tools/check_python.py
+	@echo "Making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.build $(VENV)/.test $(VENV)/.demo $(VENV)/.lint $(VENV)/.bench: \
+$(VENV)/.%: requirements/%.txt requirements/constraints.txt $(VENV)/.created
+	@echo "Installing requirements/$*.txt into $(VENV)"
+	@$(PIP) install -r $<
+	@touch $@
+
+# The extension, compiled against this environment's jaxlib; the Python files stay where they are.
+# Without isolation, since an isolated build would fetch some other jaxlib.
+$(VENV)/.extension: $(SOURCES) $(VENV)/.build $(VENV)/.modules
+	@echo "Building storax for $(VENV)"
+	@$(PIP) install --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD) --editable .
+	@touch $@
+
+# An editable install knows the modules there were when it was made: notice a new one.
+$(VENV)/.modules: $(VENV)/.created FORCE
+	@find python -name '*.py' | sort > $@.now
+	@if cmp -s $@.now $@; then rm $@.now; else mv $@.now $@; fi
+
+$(BUILD)/_core.pyi: $(VENV)/.extension $(VENV)/.lint
+	@$(BIN)/python -m nanobind.stubgen --quiet -m storax._core -o $@.raw
+	@$(BIN)/ruff format --stdin-filename python/storax/_core.pyi - < $@.raw > $@
+
+.PHONY: FORCE
+FORCE:
+
+# --- The tests in C++, a build for each set of sanitizers -----------------------------------------
+
+SANITIZE_address := address,undefined
+SANITIZE_thread := thread
+
+.PHONY: ctest-plain ctest-address ctest-thread
+ctest-plain ctest-address ctest-thread: ctest-%: $(VENV)/.build $(VENV)/.test
+	@$(BIN)/cmake -S . -B build/ctest-$* -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM='$(abspath $(BIN)/ninja)' \
+	  -DPython_EXECUTABLE='$(abspath $(BIN)/python)' \
+	  -DSTORAX_PYTHON=OFF -DSTORAX_TESTS=ON -DSTORAX_SANITIZE=$(SANITIZE_$*)
+	@$(BIN)/cmake --build build/ctest-$* -- --quiet
+	@echo "Tests in C++$(if $(SANITIZE_$*), with -fsanitize=$(SANITIZE_$*)):"
+	@$(BIN)/ctest --test-dir build/ctest-$* --output-on-failure

@@ -1,0 +1,178 @@
+"""SpectralNorm: a weight divided by its largest singular value, whose estimate is state."""
+
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._index import StateIndex, get_state, set_state
+from ._initial import index_holding
+
+__all__ = ["SpectralNorm"]
+
+_Layer = TypeVar("_Layer")
+
+# Enough for an estimate to start from; each training call improves it.
+_INITIAL_ITERATIONS = 15
+
+
+class SpectralNorm(eqx.Module, Generic[_Layer]):
+    r"""Applies spectral normalisation to a parameter of a layer.
+
+    Given a weight matrix $W$ with largest singular value $\sigma(W)$, this calls the layer with
+    $W / \sigma(W)$ in its place. A weight of more than two dimensions is seen as a matrix of shape
+    `(weight.shape[0], -1)`.
+
+    The estimate of $\sigma(W)$ is $u^\top W v$. Each training call improves $u$ and $v$ by [power
+    iteration](https://en.wikipedia.org/wiki/Power_iteration), and remembers them, as a side effect;
+    in inference they are used as they are. They are constants in differentiation: gradients reach
+    $W$ through both $W$ and $\sigma(W)$, as in Miyato et al. (2018).
+
+    Whether the layer is in training or in inference is toggled with `equinox.nn.inference_mode`.
+
+    !!! example
+
+        ```python
+        linear = eqx.nn.Linear(3, 4, key=key1)
+        linear = storax.SpectralNorm(linear, "weight", key=key2)
+        jax.vmap(linear)(jnp.ones((8, 3)))
+        ```
+
+    ??? cite
+
+        [Spectral Normalization for Generative Adversarial
+        Networks](https://arxiv.org/abs/1802.05957)
+
+        ```bibtex
+        @inproceedings{miyato2018spectral,
+            author={Takeru Miyato and Toshiki Kataoka and Masanori Koyama and Yuichi Yoshida},
+            title={Spectral Normalization for Generative Adversarial Networks},
+            booktitle={International Conference on Learning Representations},
+            year={2018},
+            eprint={1802.05957},
+            archivePrefix={arXiv},
+        }
+        ```
+    """
+
+    layer: _Layer
+    uv_index: StateIndex
+    inference: bool
+    weight_name: str = eqx.field(static=True)
+    num_power_iterations: int = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        layer: _Layer,
+        weight_name: str,
+        num_power_iterations: int = 1,
+        eps: float = 1e-12,
+        inference: bool = False,
+        *,
+        key: jax.Array,
+    ):
+        """**Arguments:**
+
+        - `layer`: the layer to wrap, for example an `equinox.nn.Linear` or `equinox.nn.Conv2d`.
+        - `weight_name`: the name of the attribute of `layer` to normalise: a JAX array of at least
+          two dimensions.
+        - `num_power_iterations`: how many power iterations a training call makes.
+        - `eps`: the least norm, and the least size of a singular value, to divide by.
+        - `inference`: if true, no power iterations are made.
+        - `key`: a PRNG key, for the vectors to start from. (Keyword only argument.)
+
+        The state is a pair of vectors of shapes `(weight.shape[0],)` and
+        `(weight.size // weight.shape[0],)`, of the dtype of the weight, or 32 bits if that has fewer.
+
+        **Raises:**
+
+        - `ValueError` if the weight is not a real floating-point JAX array of at least two
+          dimensions, or `num_power_iterations` is negative.
+        """
+        if num_power_iterations < 0:
+            raise ValueError(
+                f"SpectralNorm: `num_power_iterations` is {num_power_iterations}; it must not be "
+                "negative."
+            )
+        weight = getattr(layer, weight_name)
+        if (
+            not isinstance(weight, jax.Array)
+            or weight.ndim < 2
+            or not jnp.issubdtype(weight.dtype, jnp.floating)
+        ):
+            what = jax.typeof(weight) if isinstance(weight, jax.Array) else repr(weight)
+            raise ValueError(
+                f"SpectralNorm: `{type(layer).__name__}.{weight_name}` must be a real floating-point "
+                f"JAX array of at least two dimensions, but it is {what}."
+            )
+        matrix = _as_matrix(weight)
+        u_key, v_key = jax.random.split(key)
+        u = jax.random.normal(u_key, matrix.shape[:1], matrix.dtype)
+        v = jax.random.normal(v_key, matrix.shape[1:], matrix.dtype)
+        for _ in range(_INITIAL_ITERATIONS):
+            u, v = _power_iteration(matrix, v, eps)
+        self.layer = layer
+        self.uv_index = index_holding((u, v), inference=inference)
+        self.inference = inference
+        self.weight_name = weight_name
+        self.num_power_iterations = num_power_iterations
+        self.eps = eps
+
+    @jax.named_scope("storax.SpectralNorm")
+    def __call__(
+        self, x: jax.Array, *, key: jax.Array | None = None, inference: bool | None = None
+    ) -> Any:
+        """**Arguments:**
+
+        - `x`: a JAX array, of the shape and dtype that `layer` takes.
+        - `key`: ignored; for compatibility with the rest of the Equinox API. (Keyword only argument.)
+        - `inference`: if `True` or `False`, takes priority over `self.inference`. (Keyword only
+          argument.)
+
+        **Returns:**
+
+        The output of `layer(x)`, with its weight normalised in its own dtype.
+
+        **Raises:**
+
+        - `RuntimeError` at trace time if it is called with `inference=False`, but frozen by
+          `equinox.nn.inference_mode`.
+        - `RuntimeError` when the call runs if the weight is not of the shape, or not batched by
+          `jax.vmap` as it was when the layer was made.
+        """
+        del key
+        if inference is None:
+            inference = self.inference
+        weight = getattr(self.layer, self.weight_name)
+        matrix = _as_matrix(weight)
+        # Made from the weight, to be batched where that is: as one of several models.
+        u, v = get_state(self.uv_index, like=(matrix[:, 0], matrix[0]))
+        if not inference:
+            constant = lax.stop_gradient(matrix)
+            for _ in range(self.num_power_iterations):
+                u, v = _power_iteration(constant, v, self.eps)
+            set_state(self.uv_index, (u, v))
+        sigma = u @ matrix @ v
+        # Nothing but a matrix of (nearly) zeros gets here with less.
+        sigma = jnp.where(jnp.abs(sigma) > self.eps, sigma, self.eps)
+        normalised = (weight / sigma).astype(weight.dtype)
+        layer = eqx.tree_at(lambda l: getattr(l, self.weight_name), self.layer, normalised)
+        return layer(x)
+
+
+def _as_matrix(weight: jax.Array) -> jax.Array:
+    # Norms over- and underflow in 16 bits; `eps` isn't even a number there.
+    dtype = jnp.promote_types(weight.dtype, jnp.float32)
+    return jnp.reshape(weight, (weight.shape[0], -1)).astype(dtype)
+
+
+def _power_iteration(matrix: jax.Array, v: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    u = _normalised(matrix @ v, eps)
+    return u, _normalised(matrix.T @ u, eps)
+
+
+def _normalised(x: jax.Array, eps: float) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x), eps)

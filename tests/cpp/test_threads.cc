@@ -1,0 +1,182 @@
+// Operations on one slot from many threads.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "layouts.h"
+#include "testing.h"
+#include "threads.h"
+
+namespace storax::testing {
+namespace {
+
+BOOST_FIXTURE_TEST_SUITE(threads, NothingLeaks)
+
+bool is_constant(const State& state) {
+  const std::byte first = state.leaves[0][0];
+  return std::all_of(state.leaves.begin(), state.leaves.end(), [&](const auto& leaf) {
+    return std::all_of(leaf.begin(), leaf.end(), [&](std::byte b) { return b == first; });
+  });
+}
+
+// Every set fills the whole state with one byte, so that a get of two bytes has seen parts of two
+// sets. Half the threads see the state transposed.
+BOOST_AUTO_TEST_CASE(a_get_sees_the_whole_of_one_set) {
+  constexpr int kRounds = 150;
+  const Layout small({40}, {30}, {1}), small_moved({40}, {30}, {0});
+  const Layout large({20, 30}, {20}, {2}), large_moved({20, 30}, {20}, {0});
+  const TypeId home = intern_type(describe_layouts({small, large, small}, false));
+  const TypeId moved = intern_type(describe_layouts({small_moved, large_moved, small_moved}, true));
+  const SlotRef slot = SlotRef::create("s");
+  BOOST_REQUIRE(set(slot, home, State(home)) == Status::kOk);
+  Count failed, torn, backwards, distinct;
+  run_threads([&](int t) {
+    const TypeId type = t % 2 == 0 ? home : moved;
+    State state(type);
+    const Masks all(type, true);
+    if (t < kThreads / 2) {
+      for (int i = 0; i < kRounds; ++i) {
+        state = State(type, static_cast<std::byte>((t * kRounds + i) & 0xff));
+        const Status status =
+            i % 3 == 0 ? set_masked(slot, type, all, state) : set(slot, type, state);
+        failed.add_if(status != Status::kOk);
+      }
+    } else {
+      std::byte last{0};
+      std::int64_t version = 0;
+      for (int i = 0; i < kRounds; ++i) {
+        const std::int64_t now = slot->version();
+        backwards.add_if(now < version);
+        version = now;
+        failed.add_if(get(slot, type, &state) != Status::kOk);
+        torn.add_if(!is_constant(state));
+        distinct.add_if(state.leaves[0][0] != last);
+        last = state.leaves[0][0];
+      }
+    }
+  });
+  BOOST_TEST(failed.value() == 0);
+  BOOST_TEST(torn.value() == 0);
+  BOOST_TEST(backwards.value() == 0);
+  BOOST_TEST(distinct.value() > 0);  // or readers and writers never met
+  BOOST_TEST(slot->num_sets() == kThreads / 2 * kRounds + 1);
+  BOOST_TEST(slot->num_gets() == kThreads / 2 * kRounds);
+  BOOST_TEST(slot->version() == slot->num_sets());
+}
+
+// A masked set is one atomic read-modify-write: no other thread's lane is ever put back.
+BOOST_AUTO_TEST_CASE(masked_sets_of_different_lanes_lose_nothing) {
+  constexpr int kRounds = 150, kPerLane = 200;
+  const TypeId type = make_type(std::vector<Leaf>{{"i32", 4, {kThreads, kPerLane}}},
+                                std::vector<BatchLevel>{{{0}, false}});
+  const SlotRef slot = SlotRef::create("s");
+  BOOST_REQUIRE(set(slot, type, State(type)) == Status::kOk);
+  Count failed, lost;
+  run_threads([&](int t) {
+    const Masks mine(type, false);
+    std::fill_n(mine.leaf(0) + t * kPerLane, kPerLane, true);
+    State state(type);
+    for (int i = 1; i <= kRounds; ++i) {
+      const std::vector<std::int32_t> values(kThreads * kPerLane, i);
+      std::memcpy(state.leaves[0].data(), values.data(), state.leaves[0].size());
+      failed.add_if(set_masked(slot, type, mine, state) != Status::kOk);
+      failed.add_if(get(slot, type, &state) != Status::kOk);
+      lost.add_if(std::memcmp(state.leaves[0].data() +
+                                  std::size_t{4} * kPerLane * static_cast<std::size_t>(t),
+                              values.data(), std::size_t{4} * kPerLane) != 0);
+    }
+  });
+  BOOST_TEST(failed.value() == 0);
+  BOOST_TEST(lost.value() == 0);
+  BOOST_TEST(held(slot, type) ==
+             state_of(type, std::vector<std::int32_t>(kThreads * kPerLane, kRounds)));
+}
+
+BOOST_AUTO_TEST_CASE(one_of_many_first_sets_fixes_the_type) {
+  std::vector<TypeId> types;
+  for (int t = 0; t < kThreads; ++t) types.push_back(make_type(std::vector{i8({100 + t})}));
+  for (int round = 0; round < 30; ++round) {
+    const SlotRef slot = SlotRef::create("s");
+    std::vector<Status> statuses(kThreads);
+    run_threads([&](int t) {
+      const auto i = static_cast<std::size_t>(t);
+      statuses[i] = set(slot, types[i], State(types[i], static_cast<std::byte>(t)));
+    });
+    int winners = 0;
+    for (std::size_t t = 0; t < kThreads; ++t) {
+      if (statuses[t] == Status::kOk) {
+        ++winners;
+        BOOST_TEST(slot->type() == types[t]);
+        BOOST_TEST(held(slot, types[t]) == State(types[t], static_cast<std::byte>(t)));
+      } else {
+        BOOST_TEST(statuses[t] == Status::kTypeMismatch);
+      }
+    }
+    BOOST_TEST(winners == 1);
+    BOOST_TEST(slot->num_sets() == 1);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(devices_of_a_mesh_do_not_disturb_each_other) {
+  const TypeId type = make_type(std::vector{f32({50}), i8({7})}, std::vector<BatchLevel>{},
+                                std::vector<MeshAxis>{{"x", kThreads}});
+  for (int round = 0; round < 10; ++round) {
+    const SlotRef slot = SlotRef::create("s");
+    Count wrong;
+    run_threads([&](int t) {
+      State out(type);
+      wrong.add_if(get(slot, type, &out, t) != Status::kNeverSet);
+      for (unsigned i = 0; i < 50; ++i) {
+        const State state = State::random(type, 100 * static_cast<unsigned>(t) + i);
+        wrong.add_if(set(slot, type, state, t) != Status::kOk);
+        wrong.add_if(get(slot, type, &out, t) != Status::kOk || out != state);
+      }
+    });
+    BOOST_TEST(wrong.value() == 0);
+    BOOST_TEST(slot->devices().size() == std::size_t{kThreads});
+  }
+}
+
+BOOST_AUTO_TEST_CASE(a_slot_can_be_looked_into_while_it_is_used) {
+  constexpr int kRounds = 200;
+  const TypeId type = make_type(std::vector{i8({32})});
+  const TypeId other = make_type(std::vector{i8({33})});
+  const SlotRef slot = SlotRef::create("a name that does not fit into the string itself");
+  Count failed, wrong;
+  run_threads([&](int t) {
+    State state(type, static_cast<std::byte>(t + 1));
+    for (int i = 0; i < kRounds; ++i) {
+      if (t < kThreads / 2) {
+        failed.add_if(set(slot, type, state) != Status::kOk);
+        slot->add_program(1);
+        slot->add_program(-1);
+        continue;
+      }
+      if (i % 20 == 0) slot->watch(16);
+      for (const Event& event : slot->events()) {
+        wrong.add_if(event.kind != Event::Kind::kSet || event.version <= 0 ||
+                     event.first_leaf.size() != 16 ||
+                     event.first_leaf.front() != event.first_leaf.back());
+      }
+      const std::string text =
+          slot->explain(slot.id(), Status::kTypeMismatch, "get_state", 0, other);
+      wrong.add_if(text.find(slot->name()) == std::string::npos);
+      wrong.add_if(slot->type() != kNoType && slot->type() != type);
+      wrong.add_if(slot->device() > 0);
+      wrong.add_if(slot->devices().size() > 1);
+      wrong.add_if(slot->num_gets() != 0);
+      wrong.add_if(slot->num_programs() < 0 || slot->num_programs() > kThreads / 2);
+    }
+  });
+  BOOST_TEST(failed.value() == 0);
+  BOOST_TEST(wrong.value() == 0);
+  BOOST_TEST(slot->num_sets() == kThreads / 2 * kRounds);
+}
+
+BOOST_AUTO_TEST_SUITE_END()
+
+}  // namespace
+}  // namespace storax::testing

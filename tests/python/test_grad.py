@@ -1,0 +1,186 @@
+"""State under grad, jvp, linearize, checkpoint and their nestings: a constant, each op run once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import storax
+from jax import lax
+from nesting import BASES, WRAPPERS, build, expected, nestings, runs
+
+START, X = 2.0, 0.7
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("names", nestings(1, {"vmap"}) + nestings(2, {"vmap"}), ids="-".join)
+def test_nesting(names, base):
+    index = storax.StateIndex()
+    f = build(names, BASES[base], index)
+    n = runs(names)
+    value, grad = expected(n, START, X)
+    differentiable = all(WRAPPERS[name][2] for name in names)
+    core = index._slot.core
+
+    def run(g):
+        storax.set_state(index, jnp.float32(START))
+        before = core.num_gets, core.num_sets
+        out = jax.block_until_ready(g(jnp.float32(X)))
+        ran = core.num_gets - before[0], core.num_sets - before[1]
+        assert ran == (n, n)
+        assert storax.get_state(index, jnp.float32(0)) == START + n
+        return out
+
+    np.testing.assert_allclose(run(jax.jit(f)), value, rtol=1e-4)
+    if differentiable:
+        got = run(jax.jit(jax.value_and_grad(f)))
+        np.testing.assert_allclose(got, (value, grad), rtol=1e-4, atol=1e-6)
+    elif "custom_vjp" not in names:
+        got = run(jax.jit(lambda x: jax.jvp(f, (x,), (1.0,))))
+        np.testing.assert_allclose(got, (value, grad), rtol=1e-4, atol=1e-6)
+
+
+def _counter(value=0.0):
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(value))
+    return index
+
+
+def _bump(index, x):
+    s = storax.get_state(index, jnp.float32(0))
+    storax.set_state(index, s + 1)
+    return x * s
+
+
+def _ran(index):
+    return index._slot.core.num_gets, index._slot.core.num_sets
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("transform", "want"),
+    [
+        (lambda f: jax.grad(f), 3.0),
+        (lambda f: lambda x: jax.vjp(f, x)[1](1.0)[0], 3.0),
+        (lambda f: lambda x: jax.jvp(f, (x,), (2.0,))[1], 6.0),
+        (lambda f: lambda x: jax.linearize(f, x)[1](2.0), 6.0),
+        (jax.jacfwd, 3.0),
+        (jax.jacrev, 3.0),
+    ],
+    ids=["grad", "vjp", "jvp", "linearize", "jacfwd", "jacrev"],
+)
+def test_state_is_a_constant(transform, want, jit):
+    index = _counter(3)
+    got = jit(transform(lambda x: _bump(index, x)))(jnp.float32(5))
+    np.testing.assert_allclose(got, want)
+    assert storax.get_state(index, jnp.float32(0)) == 4
+    assert _ran(index) == (2, 2)
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_hessian(jit):
+    index = _counter(3)
+    got = jit(jax.hessian(lambda x: _bump(index, x) * x))(jnp.float32(5))
+    np.testing.assert_allclose(got, 6.0)
+    assert storax.get_state(index, jnp.float32(0)) == 4
+
+
+def test_the_pullback_runs_nothing_again():
+    index = _counter(3)
+    _, pullback = jax.vjp(jax.checkpoint(lambda x: _bump(index, x)), jnp.float32(5))
+    before = _ran(index)
+    assert pullback(jnp.float32(1))[0] == 3
+    assert pullback(jnp.float32(2))[0] == 6
+    assert _ran(index) == before
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        jax.grad,
+        jax.jacfwd,
+        lambda f: lambda x: jax.jvp(f, (x,), (1.0,)),
+        lambda f: lambda x: jax.linearize(f, x)[1](1.0),
+        lambda f: jax.grad(jax.checkpoint(f)),
+        lambda f: jax.grad(
+            lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0]
+        ),
+        lambda f: jax.grad(lambda x: lax.cond(x > 0, f, lambda x: x, x)),
+    ],
+    ids=["grad", "jacfwd", "jvp", "linearize", "checkpoint", "scan", "cond"],
+)
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_tangent_must_not_reach_the_state(transform, jit):
+    index = storax.StateIndex(name="loss")
+
+    def f(x):
+        storax.set_state(index, x * 2)
+        return x
+
+    with pytest.raises(NotImplementedError, match=r"'loss'.*stop_gradient"):
+        jit(transform(f))(jnp.float32(1))
+
+
+def test_stop_gradient_is_the_way_out():
+    index = storax.StateIndex()
+
+    def f(x):
+        storax.set_state(index, lax.stop_gradient(x * 2))
+        return x * x
+
+    assert jax.jit(jax.grad(f))(jnp.float32(3)) == 6
+    assert storax.get_state(index, jnp.float32(0)) == 6
+
+
+def test_state_in_both_rules_of_custom_vjp():
+    forward, backward = _counter(), _counter()
+
+    @jax.custom_vjp
+    def f(x):
+        return x
+
+    def fwd(x):
+        _bump(forward, x)
+        return x * 2, x
+
+    def bwd(x, ct):
+        _bump(backward, x)
+        return (ct * 10,)
+
+    f.defvjp(fwd, bwd)
+    g = jax.jit(jax.grad(lambda x: f(x) + f(x)))
+    for k in range(1, 4):
+        assert g(jnp.float32(1)) == 20
+        assert storax.get_state(forward, jnp.float32(0)) == 2 * k
+        assert storax.get_state(backward, jnp.float32(0)) == 2 * k
+
+
+def test_state_in_custom_jvp_rule():
+    index = _counter()
+
+    @jax.custom_jvp
+    def f(x):
+        return x * 2
+
+    @f.defjvp
+    def _(primals, tangents):
+        _bump(index, primals[0])
+        return f(primals[0]), tangents[0] * 7
+
+    assert jax.jit(lambda x: jax.jvp(f, (x,), (1.0,)))(jnp.float32(1)) == (2, 7)
+    assert jax.jit(jax.grad(f))(jnp.float32(1)) == 7
+    assert storax.get_state(index, jnp.float32(0)) == 2
+
+
+def test_scan_of_checkpoint_of_scan():
+    # jax#16637: what does not depend on the carry must still not leave the scan.
+    index = _counter(1)
+
+    def inner(x):
+        return lax.scan(lambda c, _: (_bump(index, c), None), x, None, length=2)[0]
+
+    def outer(x):
+        return lax.scan(jax.checkpoint(lambda c, _: (inner(c), None)), x, None, length=2)[0]
+
+    value, grad = jax.jit(jax.value_and_grad(outer))(jnp.float32(1))
+    assert (value, grad) == (24, 24)
+    assert storax.get_state(index, jnp.float32(0)) == 5

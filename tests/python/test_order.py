@@ -1,0 +1,175 @@
+"""Operations on state run in program order, whatever XLA's scheduler would rather do.
+
+Without tokens XLA:CPU reorders side effects in nine of these ten programs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import storax
+from jax import lax
+
+RUNS = 30
+
+
+def heavy(x, n=12):
+    for _ in range(n):
+        x = jnp.tanh(x @ x) * 0.01
+    return x
+
+
+def set_after_heavy(get, set, m, x):
+    set(heavy(m)[0, 0] * 0 + 1.0)
+    set(x + 2.0)
+    return get()
+
+
+def sets_without_a_use(get, set, m, x):
+    set(x + 1.0)
+    set(heavy(m)[0, 0] * 0 + 2.0)
+    set(x + 3.0)
+    return x
+
+
+def get_set_get_set(get, set, m, x):
+    a = get()
+    h = heavy(m)[0, 0] * 0 + 5.0
+    set(h)
+    b = get()
+    set(x + 0.0)
+    return b, a, h
+
+
+def in_scan(get, set, m, x):
+    def body(c, _):
+        h = heavy(c, 4)
+        set(h[0, 0] * 0 + 1.0)
+        set(x + 2.0)
+        g = get()
+        set(x + 3.0)
+        return h, g
+
+    return lax.scan(body, m, None, length=3)
+
+
+def around_scan(get, set, m, x):
+    set(x + 1.0)
+    out = lax.scan(lambda c, _: (heavy(c, 3), get()), m, None, length=3)
+    set(x + 9.0)
+    return out
+
+
+def decreasing_work(get, set, m, x):
+    for i in range(8):
+        set(heavy(m + i * 0.0001, 8 - i)[0, 0] * 0 + float(i))
+    return x
+
+
+def get_used_last(get, set, m, x):
+    a = get()
+    set(x + 7.0)
+    return heavy(m)[0, 0] + a
+
+
+def outputs_reversed(get, set, m, x):
+    gets = []
+    for i in range(5):
+        set(x + float(i))
+        gets.append(get())
+    return gets[::-1]
+
+
+def nested_jit_and_cond(get, set, m, x):
+    def step(v, n):
+        return jax.jit(lambda m: (set(v), heavy(m, n))[1])
+
+    a = step(x + 1.0, 6)(m)
+    b = step(x + 2.0, 1)(m)
+    c = lax.cond(x > -1, lambda: (set(x + 3.0), 0.0)[1], lambda: 0.0)
+    set(x + 4.0)
+    return b, a, c
+
+
+def memory_pressure(get, set, m, x):
+    big = [jnp.sin(m + i) for i in range(6)]
+    set(sum(b.sum() for b in big) * 0 + 1.0)
+    set(m[0, 0] * 0 + 2.0)
+    big = [jnp.cos(m * i) for i in range(6)]
+    set(sum(b.sum() for b in big) * 0 + 3.0)
+    return [b.sum() for b in big]
+
+
+PROBES = {
+    set_after_heavy: "s1 s2 g2",
+    sets_without_a_use: "s1 s2 s3",
+    get_set_get_set: "g0 s5 g5 s0",
+    in_scan: "s1 s2 g2 s3 " * 3,
+    around_scan: "s1 g1 g1 g1 s9",
+    decreasing_work: " ".join(f"s{i}" for i in range(8)),
+    get_used_last: "g7 s7",
+    outputs_reversed: " ".join(f"s{i} g{i}" for i in range(5)),
+    nested_jit_and_cond: "s1 s2 s3 s4",
+    memory_pressure: "s1 s2 s3",
+}
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda p: p.__name__)
+def test_program_order(probe):
+    index = storax.StateIndex()
+    want = PROBES[probe].split()
+    m = jnp.full((150, 150), 0.001, jnp.float32)
+    start = float(want[0][1:]) if want[0][0] == "g" else 0.0
+
+    @jax.jit
+    def program(m, x):
+        get = lambda: storax.get_state(index, jnp.float32(0))
+        set = lambda v: storax.set_state(index, v)
+        return probe(get, set, m, x)
+
+    for _ in range(RUNS):
+        storax.set_state(index, jnp.float32(start))
+        index._slot.core.watch(100)
+        jax.block_until_ready(program(m, jnp.float32(0)))
+        storax.barrier()
+        events = [
+            f"{kind[0]}{np.frombuffer(value, np.float32)[0]:.0f}"
+            for kind, _, value in index._slot.core.events()
+        ]
+        assert events == want
+
+
+def test_two_slots_share_one_order():
+    a, b = storax.StateIndex(), storax.StateIndex()
+    storax.set_state(a, jnp.float32(1))
+    storax.set_state(b, jnp.float32(2))
+
+    @jax.jit
+    def swap(m):
+        x = storax.get_state(a, jnp.float32(0))
+        y = storax.get_state(b, jnp.float32(0)) + heavy(m)[0, 0] * 0
+        storax.set_state(a, y)
+        storax.set_state(b, x)
+
+    m = jnp.full((100, 100), 0.001, jnp.float32)
+    for _ in range(11):
+        swap(m)
+    got = storax.get_state(a, jnp.float32(0)), storax.get_state(b, jnp.float32(0))
+    assert got == (2, 1)
+
+
+def test_eager_and_jitted_work_interleaves_in_program_order():
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(0))
+    m = jnp.full((200, 200), 0.001, jnp.float32)
+
+    @jax.jit
+    def add(m):
+        s = storax.get_state(index, jnp.float32(0))
+        storax.set_state(index, s + 1 + heavy(m)[0, 0] * 0)
+
+    for k in range(20):
+        add(m)  # dispatched, perhaps not done
+        got = storax.get_state(index, jnp.float32(0))
+        assert got == 2 * k + 1
+        storax.set_state(index, got + 1)

@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 BUILD := build/$(notdir $(VENV))
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 CXX_FILES = $(shell find include src tests/cpp -name '*.cc' -o -name '*.h')
 
 # What the extension is made from.

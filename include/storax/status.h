@@ -5,13 +5,13 @@
 namespace storax {
 
 enum class Status {
-  kOk,              // done
-  kNeverSet,        // get: nothing was ever set, or nothing on this device
-  kTypeMismatch,    // the slot holds a state of another type; nothing was read or written
-  kWrongDevice,     // the slot lives on another device; nothing was read or written
-  kPartialFirstSet, // first set, under a mask that does not cover every lane; nothing was written
-  kOutOfMemory,     // no memory for the state; nothing was written
-  kDropped,         // the index, and every program that named it, is gone
+  kOk,               // done
+  kNeverSet,         // get: nothing was ever set, or nothing on this device
+  kTypeMismatch,     // the slot holds a state of another type; nothing was read or written
+  kWrongDevice,      // the slot lives on another device; nothing was read or written
+  kPartialFirstSet,  // first set, under a mask that does not cover every lane; nothing was written
+  kOutOfMemory,      // no memory for the state; nothing was written
+  kDropped,          // the index, and every program that named it, is gone
 };
 
 }  // namespace storax

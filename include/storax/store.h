@@ -1,5 +1,5 @@
-// Slots: where state lives. A slot is named by a SlotId, an integer that fits a program's attribute,
-// and holds one state, or one per device if its type is mapped over a mesh.
+// Slots: where state lives. A slot is named by a SlotId, an integer that fits a program's
+// attribute, and holds one state, or one per device if its type is mapped over a mesh.
 //
 // Lifetime: a SlotRef keeps its slot alive. Python's index objects and compiled programs hold one
 // each. When the last goes, the state's memory is freed and the id is dead for ever: the table
@@ -24,6 +24,8 @@
 
 namespace storax {
 
+class Walk;
+
 using SlotId = std::int64_t;  // generation * 2^32 + table index; never negative
 using Device = int;           // XLA's device ordinal within the process
 inline constexpr Device kNoDevice = -1;
@@ -35,8 +37,8 @@ using Leaves = std::span<std::byte* const>;
 // What happened to a slot, for those who look inside.
 struct Event {
   enum class Kind : std::uint8_t { kGet, kSet } kind;
-  std::int64_t version;                // of the state that was read or written
-  std::vector<std::byte> first_leaf;   // at most its first 16 bytes
+  std::int64_t version;               // of the state that was read or written
+  std::vector<std::byte> first_leaf;  // at most its first 16 bytes
 };
 
 class Slot {
@@ -49,8 +51,8 @@ class Slot {
   Status set(SlotId id, Device device, TypeId type, ConstLeaves in) noexcept;
 
   // Like set, but writes only the elements whose mask is true; masks[k] has one bool per element of
-  // leaf k. With nothing set before, the masks must be true everywhere, or false everywhere, which
-  // does nothing.
+  // leaf k. Masks that are false everywhere do nothing and report kOk, whatever the slot holds:
+  // that branch was not taken. With nothing set before, others must be true everywhere.
   Status set_masked(SlotId id, Device device, TypeId type, std::span<const bool* const> masks,
                     ConstLeaves in) noexcept;
 
@@ -59,9 +61,9 @@ class Slot {
   std::string explain(SlotId id, Status status, std::string_view op, Device device, TypeId asked);
 
   std::string name();
-  TypeId type() noexcept;          // kNoType until the first set
-  Device device() noexcept;        // kNoDevice until the first set, or if mapped over a mesh
-  std::vector<Device> devices();   // those with a state, in the order of their first sets
+  TypeId type() noexcept;         // kNoType until the first set
+  Device device() noexcept;       // kNoDevice until the first set, or if mapped over a mesh
+  std::vector<Device> devices();  // those with a state, in the order of their first sets
   // Grows with every set; equal versions mean equal states. One atomic load.
   std::int64_t version() const noexcept { return version_.load(std::memory_order_acquire); }
   // How many times get and set have succeeded.
@@ -70,9 +72,7 @@ class Slot {
   // Whether an operation of this type would find a state that it agrees with.
   bool accepts(SlotId id, TypeId type) noexcept;
   // How many operations in compiled programs name this slot.
-  std::int64_t num_programs() const noexcept {
-    return programs_.load(std::memory_order_acquire);
-  }
+  std::int64_t num_programs() const noexcept { return programs_.load(std::memory_order_acquire); }
   void add_program(std::int64_t n) noexcept;
 
   // Starts to keep the next `capacity` events, forgetting earlier ones; 0 stops.
@@ -90,10 +90,10 @@ class Slot {
 
   bool is_live(SlotId id) const noexcept STORAX_REQUIRES(lock_);
   Cell* find_cell(Device device) noexcept STORAX_REQUIRES(lock_);
-  Status check(SlotId id, Device device, TypeId asked, Permutations* moves) noexcept
-      STORAX_REQUIRES(lock_);
-  Status prepare_set(SlotId id, Device device, TypeId type, Permutations* moves, Cell** cell) noexcept
-      STORAX_REQUIRES(lock_);
+  Status check(SlotId id, Device device, Event::Kind op, TypeId asked,
+               std::vector<Walk>* walks) noexcept STORAX_REQUIRES(lock_);
+  Status prepare_set(SlotId id, Device device, TypeId type, std::vector<Walk>* walks,
+                     Cell** cell) noexcept STORAX_REQUIRES(lock_);
   void note(Event::Kind kind, const Cell& cell) noexcept STORAX_REQUIRES(lock_);
   void drop() noexcept;
 

@@ -62,6 +62,39 @@ class _Held:
         return hash((self.structure, self.levels))
 
 
+# Frozen before anything was set.
+_NOTHING_HELD = _Held(-1, (), -1)
+
+
+class _Aux:
+    """The static part of an index as a PyTree node."""
+
+    __slots__ = ("held", "slot", "was")
+
+    def __init__(self, slot: Slot, held: _Held | None, was: bool | None):
+        self.slot = slot
+        self.held = held
+        # While `equinox.tree_at` is at work: the flag behind its placeholder. That is how a flag
+        # that is toggled differs from one that a mask has taken the place of.
+        self.was = was
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Aux) and self.slot is other.slot and self.held == other.held
+
+    def __hash__(self) -> int:
+        return hash((self.slot, self.held))
+
+    def __repr__(self) -> str:
+        return self.slot.core.name + (", frozen" if self.held is not None else "")
+
+
+def _flag_behind(leaf: Any) -> bool | None:
+    if type(leaf).__module__ == eqx.tree_at.__module__:
+        value = getattr(leaf, "value", None)
+        return value if isinstance(value, bool) else None
+    return None
+
+
 @jtu.register_pytree_with_keys_class
 class StateIndex:
     """A place to keep state: save and load JAX arrays there as a side effect, even under JIT.
@@ -105,54 +138,53 @@ class StateIndex:
     def __init__(self, inference: bool = False, *, name: str | None = None):
         _install()
         self.inference = inference
+        self._held = _NOTHING_HELD if inference else None
         self._slot = Slot(_creation_site() if name is None else f"StateIndex {name!r}")
-        self._held = None
         self._leaves = ()
 
     # --- PyTree ---
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
-        self._look_up(crossing=True)
-        return (self.inference, *self._leaves), (self._slot, self._held)
+        self._look_up()
+        aux = _Aux(self._slot, self._held, _flag_behind(self.inference))
+        return (self.inference, *self._leaves), aux
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Any]:
         children, aux = self.tree_flatten()
         keys = [jtu.GetAttrKey("inference")]
-        keys += [jtu.SequenceKey(i) for i in range(len(children) - 1)]
+        keys += [jtu.GetAttrKey(f"state[{i}]") for i in range(len(children) - 1)]
         return tuple(zip(keys, children, strict=True)), aux
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: tuple[Any, ...]) -> "StateIndex":
         self = object.__new__(cls)
-        self._slot, self._held = aux
+        self._slot, self._held = aux.slot, aux.held
         self.inference, *leaves = children
         self._leaves = tuple(leaves)
-        if self._held is None and self.inference is True:
-            # Frozen just now: from here on it is an index with a value, also in a closure.
-            self._look_up(crossing=True)
+        if aux.was is not None and self.inference is (not aux.was):
+            self._toggle()
         return self
 
-    def _look_up(self, crossing: bool) -> None:
+    def _toggle(self) -> None:
+        """The flag has just changed: from here on the index carries its state, or no longer does."""
+        self._held, self._leaves = None, ()
+        if self.inference and _jax.no_trace():
+            self._held = _NOTHING_HELD
+            self._look_up()
+
+    def _look_up(self) -> None:
         """Brings the arrays that a frozen index carries up to date."""
-        if self.inference is not True:
-            if self.inference is False:
-                self._held, self._leaves = None, ()
+        if self._held is None or self.inference is not True:
             return
-        slot = self._slot
-        if self._held is None:
-            # Thawed, passed in and frozen again within a trace: its value is not known yet.
-            if not slot.core.type or (crossing and not _jax.no_trace()):
-                return
-        elif not all(isinstance(x, jax.Array) for x in self._leaves) or any(
-            isinstance(x, _jax.Tracer) for x in self._leaves
-        ):
+        if any(isinstance(x, _jax.Tracer) or not isinstance(x, jax.Array) for x in self._leaves):
             return  # inputs of a program, or whatever a PyTree operation has put there
-        published = _published(slot)
-        if self._held is not None and self._held.version == published.version:
+        if not self._slot.core.type:
             return
-        parts = type_parts(published.type)
-        self._held = _Held(parts.structure.number, parts.levels, published.version)
-        self._leaves = published.leaves
+        published = _published(self._slot)
+        if self._held.version != published.version:
+            parts = type_parts(published.type)
+            self._held = _Held(parts.structure.number, parts.levels, published.version)
+            self._leaves = published.leaves
 
     # --- Python ---
 
@@ -253,14 +285,16 @@ def get_state(index: StateIndex, like: T) -> T:
     _check_index(index, "get_state")
     slot = index._slot
     leaves, treedef, structure = _flatten_arrays(like, "like", "get_state", slot)
+    held = index._held if index.inference else None
     if index.inference:
-        index._look_up(crossing=False)
-        if index._held is None and not slot.core.type:
+        index._look_up()
+        held = index._held
+        if (held is None and not slot.core.type) or held is _NOTHING_HELD:
             raise RuntimeError(
                 f"storax.get_state of {slot.core.name}, frozen by `inference=True`: nothing has been "
                 "set. Set it first, through a copy with `inference=False`."
             )
-    if index.inference and index._held is not None:
+    if held is not None:
         out = _get_frozen(index, leaves, structure)
     else:
         mesh = _jax.manual_mesh_axes()

@@ -36,8 +36,8 @@ std::string hint(const Type& held, const Type& asked, bool is_get) {
            "x` instead, or get it under the `vmap` it was set under.";
   }
   if (!is_batched(held) && is_batched(asked)) {
-    return " The state is not batched and " + what +
-           " is: set it under the same `vmap`, or make " + what + " independent of the batch.";
+    return " The state is not batched and " + what + " is: set it under the same `vmap`, or make " +
+           what + " independent of the batch.";
   }
   if (held.desc().mesh != asked.desc().mesh) {
     return " A state set under `shard_map` or `pmap` belongs to that mapped program: use it there.";

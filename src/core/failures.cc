@@ -4,7 +4,6 @@
 #include <atomic>
 #include <deque>
 #include <mutex>
-#include <set>
 #include <utility>
 
 namespace storax::failures {
@@ -15,6 +14,7 @@ constexpr std::size_t kMostKept = 256;
 struct Failure {
   int device;
   std::string message;
+  bool told = false;
 };
 
 struct Record {
@@ -50,13 +50,13 @@ void acknowledge(std::string_view message) noexcept {
   Record& r = records();
   if (r.pending.load(std::memory_order_acquire) == 0) return;
   const std::lock_guard lock(r.mutex);
-  try {
-    std::set<int> told;
-    std::erase_if(r.failures, [&](const Failure& f) {
-      return message.find(f.message) != std::string_view::npos && told.insert(f.device).second;
+  for (auto f = r.failures.begin(); f != r.failures.end(); ++f) {
+    if (message.find(f->message) == std::string_view::npos) continue;
+    f->told = std::none_of(r.failures.begin(), f, [&](const Failure& older) {
+      return older.told && older.device == f->device;
     });
-  } catch (...) {
   }
+  std::erase_if(r.failures, [](const Failure& f) { return f.told; });
   r.pending.store(r.failures.size() + r.dropped, std::memory_order_release);
 }
 

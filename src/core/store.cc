@@ -49,22 +49,20 @@ void deallocate(std::byte* data, const Type& type) noexcept {
   ::operator delete(data, kAlignment);
 }
 
-void copy_leaf(std::byte* to, const std::byte* from, const Leaf& to_leaf, std::size_t bytes,
-               const std::vector<int>& moves) {
+void copy_leaf(std::byte* to, const std::byte* from, std::size_t bytes, std::size_t item_bytes,
+               Walk* walk) noexcept {
   if (bytes == 0) return;
-  if (moves.empty()) {
+  if (walk == nullptr || walk->keeps_order()) {
     std::memcpy(to, from, bytes);
     return;
   }
-  const std::size_t item = to_leaf.item_bytes;
-  for_each_element(to_leaf.dims, moves, [&](std::size_t i, std::size_t j) {
-    std::memcpy(to + i * item, from + j * item, item);
+  walk->for_each([&](std::size_t i, std::size_t j) {
+    std::memcpy(to + i * item_bytes, from + j * item_bytes, item_bytes);
   });
 }
 
-const std::vector<int>& moves_of(const Permutations& moves, std::size_t leaf) {
-  static const std::vector<int> identity;
-  return moves.empty() ? identity : moves[leaf];
+Walk* walk_of(std::vector<Walk>& walks, std::size_t leaf) noexcept {
+  return walks.empty() ? nullptr : &walks[leaf];
 }
 
 }  // namespace
@@ -81,13 +79,24 @@ Slot::Cell* Slot::find_cell(Device device) noexcept {
   return nullptr;
 }
 
-Status Slot::check(SlotId id, Device device, TypeId asked, Permutations* moves) noexcept {
+// `walks` comes back with how to copy each leaf, out of the slot or into it; empty if the types are
+// the same. It is made here, before anything is written, since making it can fail.
+Status Slot::check(SlotId id, Device device, Event::Kind op, TypeId asked,
+                   std::vector<Walk>* walks) noexcept {
   if (!is_live(id)) return Status::kDropped;
   if (type_id_ == kNoType) return Status::kNeverSet;
   if (type_id_ != asked) {
     const Type* type = find_type(asked);
+    if (type == nullptr) return Status::kTypeMismatch;
+    const Type& to = op == Event::Kind::kGet ? *type : *type_;
+    const Type& from = op == Event::Kind::kGet ? *type_ : *type;
     try {
-      if (type == nullptr || !type->agrees_up_to_moves(*type_, moves)) return Status::kTypeMismatch;
+      Permutations moves;
+      if (!to.agrees_up_to_moves(from, &moves)) return Status::kTypeMismatch;
+      walks->reserve(moves.size());
+      for (std::size_t k = 0; k < moves.size(); ++k) {
+        walks->emplace_back(to.desc().leaves[k].dims, moves[k]);
+      }
     } catch (...) {
       return Status::kOutOfMemory;
     }
@@ -110,17 +119,13 @@ void Slot::note(Event::Kind kind, const Cell& cell) noexcept {
 
 Status Slot::get(SlotId id, Device device, TypeId want, Leaves out) noexcept {
   const SpinGuard guard(lock_);
-  Permutations moves;
-  if (const Status status = check(id, device, want, &moves); status != Status::kOk) return status;
+  std::vector<Walk> walks;
+  const Status status = check(id, device, Event::Kind::kGet, want, &walks);
+  if (status != Status::kOk) return status;
   const Cell& cell = *find_cell(device);
-  const Type& as = type_id_ == want ? *type_ : *find_type(want);
-  try {
-    for (std::size_t k = 0; k < out.size(); ++k) {
-      copy_leaf(out[k], cell.data + type_->leaf_offset(k), as.desc().leaves[k],
-                type_->leaf_bytes(k), moves_of(moves, k));
-    }
-  } catch (...) {
-    return Status::kOutOfMemory;
+  for (std::size_t k = 0; k < out.size(); ++k) {
+    copy_leaf(out[k], cell.data + type_->leaf_offset(k), type_->leaf_bytes(k),
+              type_->desc().leaves[k].item_bytes, walk_of(walks, k));
   }
   ++gets_;
   if (watch_capacity_ > 0) note(Event::Kind::kGet, cell);
@@ -129,22 +134,10 @@ Status Slot::get(SlotId id, Device device, TypeId want, Leaves out) noexcept {
 
 // Finds, or makes, the cell that a set will write. On the first set the type is taken on only once
 // there is memory for it, so that a failed set leaves the slot as it was.
-Status Slot::prepare_set(SlotId id, Device device, TypeId type, Permutations* moves,
+Status Slot::prepare_set(SlotId id, Device device, TypeId type, std::vector<Walk>* walks,
                          Cell** cell) noexcept {
-  Status status = check(id, device, type, moves);
-  // check() reads storage as the asked type; a set goes the other way.
-  if (status == Status::kOk) {
-    if (type_id_ != type) {
-      moves->clear();
-      try {
-        type_->agrees_up_to_moves(*find_type(type), moves);
-      } catch (...) {
-        return Status::kOutOfMemory;
-      }
-    }
-    *cell = find_cell(device);
-    return Status::kOk;
-  }
+  const Status status = check(id, device, Event::Kind::kSet, type, walks);
+  if (status == Status::kOk) *cell = find_cell(device);
   if (status != Status::kNeverSet) return status;
   const Type* made = type_id_ == kNoType ? find_type(type) : type_;
   if (made == nullptr) return Status::kTypeMismatch;
@@ -171,17 +164,13 @@ Status Slot::prepare_set(SlotId id, Device device, TypeId type, Permutations* mo
 
 Status Slot::set(SlotId id, Device device, TypeId type, ConstLeaves in) noexcept {
   const SpinGuard guard(lock_);
-  Permutations moves;
+  std::vector<Walk> walks;
   Cell* cell = nullptr;
-  const Status status = prepare_set(id, device, type, &moves, &cell);
+  const Status status = prepare_set(id, device, type, &walks, &cell);
   if (status != Status::kOk) return status;
-  try {
-    for (std::size_t k = 0; k < in.size(); ++k) {
-      copy_leaf(cell->data + type_->leaf_offset(k), in[k], type_->desc().leaves[k],
-                type_->leaf_bytes(k), moves_of(moves, k));
-    }
-  } catch (...) {
-    return Status::kOutOfMemory;
+  for (std::size_t k = 0; k < in.size(); ++k) {
+    copy_leaf(cell->data + type_->leaf_offset(k), in[k], type_->leaf_bytes(k),
+              type_->desc().leaves[k].item_bytes, walk_of(walks, k));
   }
   ++sets_;
   version_.fetch_add(1, std::memory_order_acq_rel);
@@ -202,31 +191,28 @@ Status Slot::set_masked(SlotId id, Device device, TypeId type, std::span<const b
     }
   }
   if (all) return set(id, device, type, in);
+  if (!any) return Status::kOk;  // as a branch that is not taken: it is never an error either
 
   const SpinGuard guard(lock_);
-  Permutations moves;
-  Status status = check(id, device, type, &moves);
-  if (status == Status::kNeverSet) return any ? Status::kPartialFirstSet : Status::kOk;
-  if (status != Status::kOk || !any) return status;
-  Cell* cell = nullptr;
-  status = prepare_set(id, device, type, &moves, &cell);
+  std::vector<Walk> walks;
+  const Status status = check(id, device, Event::Kind::kSet, type, &walks);
+  if (status == Status::kNeverSet) return Status::kPartialFirstSet;
   if (status != Status::kOk) return status;
-  try {
-    for (std::size_t k = 0; k < in.size(); ++k) {
-      const Leaf& leaf = type_->desc().leaves[k];
-      std::byte* to = cell->data + type_->leaf_offset(k);
-      for_each_element(leaf.dims, moves_of(moves, k), [&](std::size_t i, std::size_t j) {
-        if (masks[k][j]) {
-          std::memcpy(to + i * leaf.item_bytes, in[k] + j * leaf.item_bytes, leaf.item_bytes);
-        }
-      });
-    }
-  } catch (...) {
-    return Status::kOutOfMemory;
+  const Cell& cell = *find_cell(device);
+  for (std::size_t k = 0; k < in.size(); ++k) {
+    const Leaf& leaf = type_->desc().leaves[k];
+    std::byte* to = cell.data + type_->leaf_offset(k);
+    Walk in_step(leaf.dims, {});
+    Walk& walk = walks.empty() ? in_step : walks[k];
+    walk.for_each([&](std::size_t i, std::size_t j) {
+      if (masks[k][j]) {
+        std::memcpy(to + i * leaf.item_bytes, in[k] + j * leaf.item_bytes, leaf.item_bytes);
+      }
+    });
   }
   ++sets_;
   version_.fetch_add(1, std::memory_order_acq_rel);
-  if (watch_capacity_ > 0) note(Event::Kind::kSet, *cell);
+  if (watch_capacity_ > 0) note(Event::Kind::kSet, cell);
   return Status::kOk;
 }
 
@@ -303,14 +289,15 @@ void Slot::drop() noexcept {
     type_id_ = kNoType;
     type_ = nullptr;
     home_ = {};
-    others_ = {};
+    // Swaps, since assigning something empty keeps the memory.
+    std::vector<Cell>().swap(others_);
+    std::vector<Event>().swap(events_);
+    std::string().swap(name_);
     gets_ = sets_ = 0;
     generation_ = (generation_ + 1) & 0x7fffffff;
     watch_capacity_ = 0;
-    events_ = {};
-    name_ = {};
     version_.store(0, std::memory_order_release);
-    programs_.store(0, std::memory_order_release);
+    live_programs.fetch_sub(programs_.exchange(0, std::memory_order_acq_rel));
   }
   live_slots.fetch_sub(1);
   Table& t = table();

@@ -12,7 +12,9 @@ namespace {
 
 constexpr std::size_t kLeafAlignment = 64;
 
-std::size_t round_up(std::size_t n) { return (n + kLeafAlignment - 1) / kLeafAlignment * kLeafAlignment; }
+std::size_t round_up(std::size_t n) {
+  return (n + kLeafAlignment - 1) / kLeafAlignment * kLeafAlignment;
+}
 
 std::string leaf_text(const Leaf& leaf) {
   std::string text = leaf.dtype + "[";
@@ -29,8 +31,9 @@ std::string levels_text(const std::vector<BatchLevel>& levels) {
   std::string text;
   for (const BatchLevel& level : levels) {
     if (!text.empty()) text += ", then ";
-    const bool one = std::all_of(level.axes.begin(), level.axes.end(),
-                                 [&](int a) { return a == level.axes.front(); });
+    const bool one =
+        !level.axes.empty() && std::all_of(level.axes.begin(), level.axes.end(),
+                                           [&](int a) { return a == level.axes.front(); });
     if (one) {
       text += axis_text(level.axes.front());
     } else {
@@ -45,10 +48,32 @@ std::string levels_text(const std::vector<BatchLevel>& levels) {
   return text;
 }
 
-// Separators that cannot occur in what they separate keep the key injective.
+// Where the next leaf's '*' stands in a structure's text, at `at` or later; npos if there is none.
+// A '*' between quotes is part of a key.
+std::size_t find_leaf(const std::string& text, std::size_t at) {
+  char quote = 0;
+  for (; at < text.size(); ++at) {
+    const char c = text[at];
+    if (quote != 0) {
+      if (c == '\\') ++at;
+      if (c == quote) quote = 0;
+    } else if (c == '\'' || c == '"') {
+      quote = c;
+    } else if (c == '*') {
+      return at;
+    }
+  }
+  return std::string::npos;
+}
+
+// Separators that cannot occur in what they separate, and lengths before names, which may hold any
+// character, keep the key injective.
 std::string key_of(const TypeDesc& desc) {
   std::string key = std::to_string(desc.structure);
-  for (const Leaf& leaf : desc.leaves) key += '|' + leaf_text(leaf) + std::to_string(leaf.item_bytes);
+  for (const Leaf& leaf : desc.leaves) {
+    key += '|' + std::to_string(leaf.dtype.size()) + ':' + leaf_text(leaf) +
+           std::to_string(leaf.item_bytes);
+  }
   for (const BatchLevel& level : desc.levels) {
     key += level.moved ? '~' : '@';
     for (int axis : level.axes) key += std::to_string(axis) + ',';
@@ -121,7 +146,7 @@ std::string Type::str() const {
   // Leaves stand in the structure's text as '*', in order.
   std::size_t at = 0;
   for (const Leaf& leaf : desc_.leaves) {
-    at = text.find('*', at);
+    at = find_leaf(text, at);
     if (at == std::string::npos) break;
     const std::string shown = leaf_text(leaf);
     text.replace(at, 1, shown);
@@ -180,6 +205,8 @@ TypeId intern_type(TypeDesc desc) {
   return id;
 }
 
-const Type* find_type(TypeId id) noexcept { return registry().types.find(id); }
+const Type* find_type(TypeId id) noexcept {
+  return id == kNoType ? nullptr : registry().types.find(id);
+}
 
 }  // namespace storax

@@ -196,11 +196,39 @@ BOOST_AUTO_TEST_CASE(versions_grow_with_sets_only) {
 
 BOOST_AUTO_TEST_CASE(programs_are_counted) {
   const SlotRef slot = SlotRef::create("s");
+  const SlotRef other = SlotRef::create("other");
   slot->add_program(1);
   slot->add_program(2);
+  other->add_program(4);
   BOOST_TEST(slot->num_programs() == 3);
+  BOOST_TEST(usage().programs == 7);
   slot->add_program(-3);
   BOOST_TEST(slot->num_programs() == 0);
+  other->add_program(-4);
+  BOOST_TEST(usage().programs == 0);
+}
+
+BOOST_AUTO_TEST_CASE(a_slot_accepts_the_types_that_its_operations_would) {
+  const std::vector<TypeId> types = {
+      make_type(std::vector{f32({2, 3})}),
+      make_type(std::vector{f32({2, 3})}, std::vector<BatchLevel>{{{0}, false}}),
+      make_type(std::vector{f32({2, 3})}, std::vector<BatchLevel>{{{1}, false}}),
+      make_type(std::vector{f32({3, 2})}, std::vector<BatchLevel>{{{1}, true}}),
+      make_type(std::vector{i8({2, 3})}),
+  };
+  for (const TypeId mine : types) {
+    SlotRef slot = SlotRef::create("s");
+    for (const TypeId type : types) BOOST_TEST(!slot->accepts(slot.id(), type));
+    BOOST_TEST(set(slot, mine, State(mine)) == Status::kOk);
+    for (const TypeId type : types) {
+      State out(type);
+      BOOST_TEST(slot->accepts(slot.id(), type) == (get(slot, type, &out) == Status::kOk));
+    }
+    BOOST_TEST(slot->accepts(slot.id(), mine));
+    BOOST_TEST(!slot->accepts(slot.id(), kNoType));
+    BOOST_TEST(!slot->accepts(slot.id(), 0xffffffff));
+    BOOST_TEST(!slot->accepts(slot.id() + (SlotId{1} << 32), mine));
+  }
 }
 
 BOOST_AUTO_TEST_CASE(usage_counts_slots_and_their_states) {

@@ -164,6 +164,7 @@ struct NothingLeaks {
     failures::take();
     BOOST_TEST(usage().slots == 0);
     BOOST_TEST(usage().bytes == 0);
+    BOOST_TEST(usage().programs == 0);
   }
 };
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._index import StateIndex, get_state, set_state
-from ._initial import index_holding
+from ._state import in_inference, index_holding
 
 __all__ = ["BatchNorm"]
 
@@ -22,7 +22,7 @@ class BatchNorm(eqx.Module):
 
     $$\frac{x_i - \mu_i}{\sqrt{\sigma^2_i + \varepsilon}} * \gamma_i + \beta_i$$
 
-    where $\gamma$ and $\beta$ have shape $(C,)$ if `channelwise_affine=True`, and are 1 and 0 if not.
+    where $\gamma$ and $\beta$ have shape $(C,)$; without `channelwise_affine` they are 1 and 0.
 
     The layer is called with a single example; the batch is an axis of `jax.vmap`, named
     `axis_name`. The statistics of a batch are the mean $\mathbb{E}[x_i]$ and the biased variance
@@ -111,9 +111,9 @@ class BatchNorm(eqx.Module):
         """**Arguments:**
 
         - `input_size`: the number of channels of the input.
-        - `axis_name`: the name of the batch axis, as passed to `axis_name` of `jax.vmap`. A tuple or
-          a list of names for statistics over several axes. `None` for statistics over the dimensions
-          of the input alone.
+        - `axis_name`: the name of the batch axis, as passed to `axis_name` of `jax.vmap`. A tuple
+          or a list of names for statistics over several axes. `None` for statistics over the
+          dimensions of the input alone.
         - `eps`: added to the variance, for numerical stability.
         - `channelwise_affine`: whether there are a learnable `weight` and `bias` for each channel.
         - `momentum`: the weight of the old running statistics in the new ones, between 0 and 1.
@@ -124,8 +124,8 @@ class BatchNorm(eqx.Module):
 
         **Raises:**
 
-        - `ValueError` if `mode` is neither `"ema"` nor `"batch"`, `momentum` is not between 0 and 1,
-          or `dtype` is not a real floating-point dtype.
+        - `ValueError` if `mode` is neither `"ema"` nor `"batch"`, `momentum` is not between 0 and
+          1, or `dtype` is not a real floating-point dtype.
         """
         if mode not in ("ema", "batch"):
             raise ValueError(f"BatchNorm: `mode` must be 'ema' or 'batch', not {mode!r}.")
@@ -157,7 +157,8 @@ class BatchNorm(eqx.Module):
         """**Arguments:**
 
         - `x`: a JAX array of shape `(input_size, dim_1, ..., dim_N)`, real.
-        - `key`: ignored; for compatibility with the rest of the Equinox API. (Keyword only argument.)
+        - `key`: ignored; for compatibility with the rest of the Equinox API. (Keyword only
+          argument.)
         - `inference`: if `True` or `False`, takes priority over `self.inference`. (Keyword only
           argument.)
 
@@ -169,6 +170,8 @@ class BatchNorm(eqx.Module):
         **Raises:**
 
         - `ValueError` if `x` is complex, or its leading dimension is not `input_size`.
+        - `TypeError` if the layer was passed as an argument to plain `jax.jit` or the like, which
+          makes a tracer of its `inference`.
         - `NameError`, in training, if there is no `jax.vmap` of name `axis_name` around the call.
         - `RuntimeError` at trace time if it is called with `inference=False`, but frozen by
           `equinox.nn.inference_mode`.
@@ -177,8 +180,7 @@ class BatchNorm(eqx.Module):
         """
         del key
         self._check(x)
-        if inference is None:
-            inference = self.inference
+        inference = in_inference(self, inference)
         dtype = jnp.promote_types(jnp.promote_types(x.dtype, self.dtype), jnp.float32)
         out_dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else self.dtype
         x = x.astype(dtype)
@@ -221,9 +223,8 @@ class BatchNorm(eqx.Module):
         ]
         if self.first_time_index is not None:
             first_time = get_state(self.first_time_index, like=jnp.array(False))
-            new = [
-                lax.select(jnp.broadcast_to(first_time, b.shape), b, n) for b, n in zip(batch, new)
-            ]
+            first_time = jnp.broadcast_to(first_time, (self.input_size,))
+            new = [lax.select(first_time, b, n) for b, n in zip(batch, new, strict=True)]
         # What is remembered is a record: no gradient reaches this step through later ones.
         kept = tuple(lax.stop_gradient(n).astype(self.dtype) for n in new)
         set_state(self.state_index, kept)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._index import StateIndex, get_state, set_state
-from ._initial import index_holding
+from ._state import in_inference, index_holding
 
 __all__ = ["SpectralNorm"]
 
@@ -85,7 +85,8 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
         - `key`: a PRNG key, for the vectors to start from. (Keyword only argument.)
 
         The state is a pair of vectors of shapes `(weight.shape[0],)` and
-        `(weight.size // weight.shape[0],)`, of the dtype of the weight, or 32 bits if that has fewer.
+        `(weight.size // weight.shape[0],)`, of the dtype of the weight, or `float32` if that has
+        fewer bits.
 
         **Raises:**
 
@@ -105,8 +106,8 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
         ):
             what = jax.typeof(weight) if isinstance(weight, jax.Array) else repr(weight)
             raise ValueError(
-                f"SpectralNorm: `{type(layer).__name__}.{weight_name}` must be a real floating-point "
-                f"JAX array of at least two dimensions, but it is {what}."
+                f"SpectralNorm: `{type(layer).__name__}.{weight_name}` must be a real floating-"
+                f"point JAX array of at least two dimensions, but it is {what}."
             )
         matrix = _as_matrix(weight)
         u_key, v_key = jax.random.split(key)
@@ -128,7 +129,8 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
         """**Arguments:**
 
         - `x`: a JAX array, of the shape and dtype that `layer` takes.
-        - `key`: ignored; for compatibility with the rest of the Equinox API. (Keyword only argument.)
+        - `key`: ignored; for compatibility with the rest of the Equinox API. (Keyword only
+          argument.)
         - `inference`: if `True` or `False`, takes priority over `self.inference`. (Keyword only
           argument.)
 
@@ -138,14 +140,15 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
 
         **Raises:**
 
+        - `TypeError` if the layer was passed as an argument to plain `jax.jit` or the like, which
+          makes a tracer of its `inference`.
         - `RuntimeError` at trace time if it is called with `inference=False`, but frozen by
           `equinox.nn.inference_mode`.
         - `RuntimeError` when the call runs if the weight is not of the shape, or not batched by
           `jax.vmap` as it was when the layer was made.
         """
         del key
-        if inference is None:
-            inference = self.inference
+        inference = in_inference(self, inference)
         weight = getattr(self.layer, self.weight_name)
         matrix = _as_matrix(weight)
         # Made from the weight, to be batched where that is: as one of several models.
@@ -159,7 +162,7 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
         # Nothing but a matrix of (nearly) zeros gets here with less.
         sigma = jnp.where(jnp.abs(sigma) > self.eps, sigma, self.eps)
         normalised = (weight / sigma).astype(weight.dtype)
-        layer = eqx.tree_at(lambda l: getattr(l, self.weight_name), self.layer, normalised)
+        layer = eqx.tree_at(lambda x: getattr(x, self.weight_name), self.layer, normalised)
         return layer(x)
 
 

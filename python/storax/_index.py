@@ -2,11 +2,13 @@
 
 import os
 import sys
+import weakref
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
+from equinox import _compile_utils as eqx_compile_utils
 
 from . import _control_flow, _core, _jax, _store
 from ._primitives import frozen_p, get_p, set_p
@@ -69,23 +71,45 @@ _NOTHING_HELD = _Held(-1, (), -1)
 class _Aux:
     """The static part of an index as a PyTree node."""
 
-    __slots__ = ("held", "slot", "was")
+    __slots__ = ("_slot", "held", "slot_id", "was")
 
-    def __init__(self, slot: Slot, held: _Held | None, was: bool | None):
-        self.slot = slot
+    def __init__(self, slot: Slot, held: _Held | None, was: bool | None, weak: bool):
+        self.slot_id = slot.id  # never reused
+        self._slot = weakref.ref(slot) if weak else slot
         self.held = held
         # While `equinox.tree_at` is at work: the flag behind its placeholder. That is how a flag
         # that is toggled differs from one that a mask has taken the place of.
         self.was = was
 
+    @property
+    def slot(self) -> Slot:
+        slot = self._slot() if isinstance(self._slot, weakref.ref) else self._slot
+        if slot is None:
+            raise RuntimeError(
+                "storax: a StateIndex cannot be put together again, as no copy of it is left."
+            )
+        return slot
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Aux) and self.slot is other.slot and self.held == other.held
+        return isinstance(other, _Aux) and self.slot_id == other.slot_id and self.held == other.held
 
     def __hash__(self) -> int:
-        return hash((self.slot, self.held))
+        return hash((self.slot_id, self.held))
 
     def __repr__(self) -> str:
-        return self.slot.core.name + (", frozen" if self.held is not None else "")
+        slot = self._slot() if isinstance(self._slot, weakref.ref) else self._slot
+        name = "no longer alive" if slot is None else slot.core.name
+        return name if self.held is None else f"{name}, frozen"
+
+
+# JAX keeps the PyTree structures of a program's arguments in global caches. The ones that
+# `equinox.filter_jit` makes for that must not keep the state alive with them.
+_FLATTEN_FOR_JIT = getattr(eqx_compile_utils.hashable_partition, "__code__", None)
+
+
+def _is_for_a_jit_cache() -> bool:
+    frame = sys._getframe(2).f_back  # the caller of jax.tree_util.tree_flatten
+    return frame is not None and frame.f_code is _FLATTEN_FOR_JIT
 
 
 def _flag_behind(leaf: Any) -> bool | None:
@@ -146,7 +170,9 @@ class StateIndex:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         self._look_up()
-        aux = _Aux(self._slot, self._held, _flag_behind(self.inference))
+        aux = _Aux(
+            self._slot, self._held, _flag_behind(self.inference), weak=_is_for_a_jit_cache()
+        )
         return (self.inference, *self._leaves), aux
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Any]:

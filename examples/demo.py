@@ -1,0 +1,246 @@
+"""Shows what storax does, and checks each claim as it goes: `python examples/demo.py`.
+
+Prints one line for each claim, draws `demo.png`, and exits with status 1 if any claim isn't so.
+"""
+
+import contextlib
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import counting_sampler
+import counting_solver
+import digits
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import manual
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PICTURE = Path("demo.png")
+EPOCHS = 20
+
+
+class Report:
+    """Collects what was claimed, whether it was so, and how long each section took."""
+
+    def __init__(self):
+        self.sections: list[tuple[str, float]] = []
+        self.claims: list[tuple[str, bool]] = []
+
+    def check(self, claim: str, holds: bool) -> None:
+        self.claims.append((claim, bool(holds)))
+        print(f"  {'✓' if holds else '✗'} {claim}", flush=True)
+
+    @contextlib.contextmanager
+    def section(self, title: str):
+        print(f"\n{title}\n{'─' * len(title)}", flush=True)
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as e:
+            traceback.print_exc()
+            self.check(f"ran to its end, without {type(e).__name__}", False)
+        self.sections.append((title, time.perf_counter() - start))
+
+    def finish(self) -> int:
+        """Prints a summary; the exit status."""
+        failed = [claim for claim, holds in self.claims if not holds]
+        print("\nSummary\n───────")
+        for title, seconds in self.sections:
+            print(f"  {title:<58} {seconds:5.1f} s")
+        print(f"  {'Total':<58} {sum(s for _, s in self.sections):5.1f} s")
+        print(f"\n  {len(self.claims) - len(failed)} of {len(self.claims)} claims hold.")
+        for claim in failed:
+            print(f"  ✗ {claim}")
+        return 1 if failed else 0
+
+
+def show_manual(report: Report) -> None:
+    out = manual.count_in_a_scan()
+    report.check(f"a scan without a carry counts: {out}", out.tolist() == [1, 2, 3, 4, 5])
+    same, by_lane = manual.state_under_vmap()
+    report.check(
+        f"under vmap, state is kept for each lane: {by_lane}, or for all: {same}",
+        by_lane.tolist() == [1.0, 2.0] and same.tolist() == [0, 0],
+    )
+
+
+# --- Digits ---------------------------------------------------------------------------------------
+
+
+class History:
+    """What is seen of a training run, from outside."""
+
+    def __init__(self, held_out: digits.Data):
+        self.held_out = held_out
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+        self.means: list[np.ndarray] = []
+        self.vars: list[np.ndarray] = []
+
+    def after_step(self, model: digits.ConvNet, loss: float) -> None:
+        mean, var = digits.get_statistics(digits.batch_norms(model)[0])
+        self.losses.append(loss)
+        self.means.append(np.asarray(mean))
+        self.vars.append(np.asarray(var))
+
+    def after_epoch(self, model: digits.ConvNet) -> None:
+        frozen = eqx.nn.inference_mode(model)
+        self.accuracies.append(digits.accuracy(frozen, self.held_out))
+
+
+def show_digits(report: Report) -> None:
+    training, held_out = digits.load()
+    history = History(held_out)
+    model = digits.train(
+        digits.ConvNet(jax.random.key(0)),
+        training,
+        epochs=EPOCHS,
+        after_step=history.after_step,
+        after_epoch=history.after_epoch,
+    )
+    draw(history)
+    print(f"  drawn: {PICTURE}")
+
+    # Its state is frozen: get only, and an input of the compiled program.
+    frozen = eqx.nn.inference_mode(model)
+    accuracy = digits.accuracy(frozen, held_out)
+    report.check(
+        f"{accuracy:.1%} of {len(held_out.labels)} held-out images are recognised, with the state "
+        "frozen (at least 97%)",
+        accuracy >= 0.97,
+    )
+
+    images = held_out.images[:100]
+    batched = digits.predict(frozen, images)
+    classify = eqx.filter_jit(frozen)
+    single = jnp.stack([classify(image) for image in images])
+    report.check(
+        "images classified one at a time get the same logits as in a batch",
+        jnp.allclose(batched, single, rtol=1e-4, atol=1e-4),
+    )
+
+    show_that_state_matters(report, model, frozen, held_out)
+
+    lowered = digits.predict.lower(frozen, images)
+    hlo = lowered.as_text() + lowered.compile().as_text()
+    report.check(
+        "the frozen network's program has no custom call",
+        "custom_call" not in hlo and "custom-call" not in hlo,
+    )
+
+
+def show_that_state_matters(
+    report: Report, model: digits.ConvNet, frozen: digits.ConvNet, held_out: digits.Data
+) -> None:
+    """Sets the state of the trained model, whose frozen copy sees it."""
+    before = digits.accuracy(frozen, held_out)
+    norms = digits.batch_norms(model)
+    statistics = [digits.get_statistics(norm) for norm in norms]
+    for norm in norms:
+        digits.set_statistics(norm, jnp.zeros(norm.input_size), jnp.ones(norm.input_size))
+    reset = digits.accuracy(frozen, held_out)
+    for norm, (mean, var) in zip(norms, statistics, strict=True):
+        digits.set_statistics(norm, mean, var)
+    restored = digits.accuracy(frozen, held_out)
+    report.check(
+        f"with the running statistics reset to mean 0 and variance 1: {reset:.1%}",
+        reset <= before - 0.1,
+    )
+    report.check(f"with the running statistics restored: {restored:.1%}", restored == before)
+
+
+def draw(history: History) -> None:
+    steps = np.arange(1, len(history.losses) + 1)
+    epochs = np.arange(1, len(history.accuracies) + 1) * (len(steps) / len(history.accuracies))
+    channels = plt.get_cmap("viridis")(np.linspace(0, 0.9, history.means[0].size))
+
+    style = {
+        "axes.grid": True,
+        "axes.prop_cycle": mpl.cycler(color=channels),
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "grid.alpha": 0.3,
+        "lines.linewidth": 1.2,
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+        (loss, accuracy), (mean, var) = axes
+        loss.semilogy(steps, history.losses)
+        loss.set_title("Training loss")
+        loss.set_ylabel("cross-entropy")
+        accuracy.plot(epochs, 100 * np.array(history.accuracies), "o-", markersize=4)
+        accuracy.axhline(97, color="0.5", linestyle="--", linewidth=1)
+        accuracy.set_title("Accuracy on held-out images, state frozen")
+        accuracy.set_ylabel("%")
+        mean.plot(steps, history.means)
+        mean.set_title("State: running means of the first BatchNorm")
+        mean.set_ylabel("one line for each channel")
+        mean.set_xlabel("step")
+        var.semilogy(steps, history.vars)
+        var.set_title("State: running variances of the first BatchNorm")
+        var.set_xlabel("step")
+        figure.savefig(PICTURE, dpi=150)
+        plt.close(figure)
+
+
+# --- State inside of libraries --------------------------------------------------------------------
+
+
+def show_solver(report: Report) -> None:
+    field = counting_solver.VanDerPol(mu=jnp.linspace(1, 5, 2000))
+    solution, calls = counting_solver.solve_and_count(field, t1=20.0)
+    report_solution(report, solution, calls)
+    print("\n  A longer one in another thread, watched from this one through its state:")
+    solution, calls, glances = counting_solver.solve_and_watch(field, t1=1000.0)
+    report_solution(report, solution, calls)
+    report.check(f"the running solver was seen on its way {glances} times", glances > 0)
+
+
+def report_solution(
+    report: Report, solution: counting_solver.diffrax.Solution, calls: counting_solver.Calls
+) -> None:
+    steps, rejected = (int(solution.stats[f"num_{x}"]) for x in ("steps", "rejected_steps"))
+    expected = counting_solver.calls_of(solution)
+    report.check(
+        f"diffrax made {steps:,} steps ({rejected:,} of them rejected), so {expected:,} calls: the "
+        f"vector field counted {int(calls.count):,}",
+        calls.count == expected,
+    )
+    report.check(
+        f"its last call was at t = {calls.t:g}, with the solution for an argument",
+        calls.t == solution.t1 and jnp.array_equal(calls.y, solution.ys[-1]),
+    )
+
+
+def show_sampler(report: Report) -> None:
+    counted, reported = counting_sampler.sample_and_count(num_chains=4)
+    report.check(
+        f"four NUTS chains under one vmap took {reported} log-density calls: they counted {counted}",
+        jnp.array_equal(counted, reported),
+    )
+
+
+def main() -> int:
+    report = Report()
+    with report.section("1. The manual page's examples"):
+        show_manual(report)
+    with report.section("2. Handwritten digits: BatchNorm, Equinox and optax"):
+        show_digits(report)
+    with report.section("3. State in a diffrax solve: calls of the vector field"):
+        show_solver(report)
+    with report.section("4. State in blackjax chains: calls of the log-density"):
+        show_sampler(report)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

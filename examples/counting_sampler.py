@@ -7,6 +7,7 @@ as any of them needs; the state of a chain that has finished is left alone.
 import blackjax
 import jax
 import jax.numpy as jnp
+
 import storax
 
 NUM_DIMENSIONS = 3

@@ -11,8 +11,9 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import storax
 from tqdm import tqdm
+
+import storax
 
 FIRST_STEP = 0.001
 
@@ -74,7 +75,7 @@ def solve(field: VanDerPol, t1: jax.Array) -> diffrax.Solution:
 def calls_of(solution: diffrax.Solution) -> int:
     """How often diffrax, by its own account, has called the vector field.
 
-    Tsit5 has seven stages, the last of a step being the first of the next, accepted or rejected: six
+    Tsit5 has seven stages, and reuses the last of an accepted step as the first of the next: six
     calls a step, and one to begin with. (The first step is too short to be rejected.)
     """
     return 6 * int(solution.stats["num_steps"]) + 1
@@ -99,9 +100,9 @@ def solve_and_watch(field: VanDerPol, t1: float) -> tuple[diffrax.Solution, Call
         solving = pool.submit(lambda: jax.block_until_ready(solve(field, jnp.array(t1))))
         running = True
         while running:
-            running = bool(wait([solving], timeout=0.05).not_done)
+            running = bool(wait([solving], timeout=0.02).not_done)
             calls = field.last_calls()
-            glances += 0 < calls.t < t1
             bar.n = float(calls.t)
+            glances += 0 < bar.n < t1
             bar.set_postfix_str(f"{int(calls.count):,} calls")
     return solving.result(), calls, glances

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import counting_sampler
 import counting_solver
+import diffrax
 import digits
 import equinox as eqx
 import jax
@@ -18,12 +19,11 @@ import jax.numpy as jnp
 import manual
 import matplotlib as mpl
 import numpy as np
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 PICTURE = Path("demo.png")
-EPOCHS = 20
+EPOCHS = 15
 
 
 class Report:
@@ -112,8 +112,8 @@ def show_digits(report: Report) -> None:
     frozen = eqx.nn.inference_mode(model)
     accuracy = digits.accuracy(frozen, held_out)
     report.check(
-        f"{accuracy:.1%} of {len(held_out.labels)} held-out images are recognised, with the state "
-        "frozen (at least 97%)",
+        f"state frozen, {accuracy:.1%} of {len(held_out.labels)} held-out images are recognised "
+        "(at least 97%)",
         accuracy >= 0.97,
     )
 
@@ -128,11 +128,12 @@ def show_digits(report: Report) -> None:
 
     show_that_state_matters(report, model, frozen, held_out)
 
-    lowered = digits.predict.lower(frozen, images)
-    hlo = lowered.as_text() + lowered.compile().as_text()
+    training_hlo = eqx.filter_jit(digits.loss_fn).lower(model, *held_out).as_text()
+    frozen_hlo = digits.predict.lower(frozen, images).as_text()
+    in_training, in_inference = (x.count("custom_call") for x in (training_hlo, frozen_hlo))
     report.check(
-        "the frozen network's program has no custom call",
-        "custom_call" not in hlo and "custom-call" not in hlo,
+        f"custom calls in the network's program: {in_training} in training, {in_inference} frozen",
+        in_training > 0 and in_inference == 0,
     )
 
 
@@ -159,7 +160,7 @@ def show_that_state_matters(
 def draw(history: History) -> None:
     steps = np.arange(1, len(history.losses) + 1)
     epochs = np.arange(1, len(history.accuracies) + 1) * (len(steps) / len(history.accuracies))
-    channels = plt.get_cmap("viridis")(np.linspace(0, 0.9, history.means[0].size))
+    channels = mpl.colormaps["viridis"](np.linspace(0, 0.9, history.means[0].size))
 
     style = {
         "axes.grid": True,
@@ -171,16 +172,20 @@ def draw(history: History) -> None:
         "grid.alpha": 0.3,
         "lines.linewidth": 1.2,
     }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
-        (loss, accuracy), (mean, var) = axes
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
+        (loss, accuracy), (mean, var) = figure.subplots(2, 2, sharex=True)
         loss.semilogy(steps, history.losses)
         loss.set_title("Training loss")
         loss.set_ylabel("cross-entropy")
         accuracy.plot(epochs, 100 * np.array(history.accuracies), "o-", markersize=4)
+        accuracy.set_ylim(top=101)
         accuracy.axhline(97, color="0.5", linestyle="--", linewidth=1)
+        accuracy.annotate("97%", (steps[-1], 97), xytext=(0, 3), textcoords="offset points")
+        accuracy.yaxis.set_major_locator(MultipleLocator(5))
+        accuracy.yaxis.set_major_formatter("{x:.0f}%")
         accuracy.set_title("Accuracy on held-out images, state frozen")
-        accuracy.set_ylabel("%")
         mean.plot(steps, history.means)
         mean.set_title("State: running means of the first BatchNorm")
         mean.set_ylabel("one line for each channel")
@@ -189,7 +194,6 @@ def draw(history: History) -> None:
         var.set_title("State: running variances of the first BatchNorm")
         var.set_xlabel("step")
         figure.savefig(PICTURE, dpi=150)
-        plt.close(figure)
 
 
 # --- State inside of libraries --------------------------------------------------------------------
@@ -206,15 +210,12 @@ def show_solver(report: Report) -> None:
 
 
 def report_solution(
-    report: Report, solution: counting_solver.diffrax.Solution, calls: counting_solver.Calls
+    report: Report, solution: diffrax.Solution, calls: counting_solver.Calls
 ) -> None:
     steps, rejected = (int(solution.stats[f"num_{x}"]) for x in ("steps", "rejected_steps"))
     expected = counting_solver.calls_of(solution)
-    report.check(
-        f"diffrax made {steps:,} steps ({rejected:,} of them rejected), so {expected:,} calls: the "
-        f"vector field counted {int(calls.count):,}",
-        calls.count == expected,
-    )
+    print(f"  diffrax reports {steps:,} steps, {rejected:,} of them rejected: {expected:,} calls")
+    report.check(f"the vector field counted {int(calls.count):,}", calls.count == expected)
     report.check(
         f"its last call was at t = {calls.t:g}, with the solution for an argument",
         calls.t == solution.t1 and jnp.array_equal(calls.y, solution.ys[-1]),
@@ -223,10 +224,8 @@ def report_solution(
 
 def show_sampler(report: Report) -> None:
     counted, reported = counting_sampler.sample_and_count(num_chains=4)
-    report.check(
-        f"four NUTS chains under one vmap took {reported} log-density calls: they counted {counted}",
-        jnp.array_equal(counted, reported),
-    )
+    print(f"  blackjax reports  {reported}\n  we counted        {counted}")
+    report.check("each of four chains under one vmap counted its own", (counted == reported).all())
 
 
 def main() -> int:

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import storax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
+
+import storax
 
 
 class Data(NamedTuple):
@@ -101,6 +102,7 @@ def train(
                 images, labels = data.images[batch], data.labels[batch]
                 model, opt_state, loss = step(model, opt_state, images, labels)
                 after_step(model, float(loss))
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
             after_epoch(model)
     return model

@@ -5,8 +5,9 @@ Only the import has changed: `import storax as eqxe` for `import equinox.experim
 
 import jax
 import jax.numpy as jnp
-import storax as eqxe
 from jax import lax
+
+import storax as eqxe
 
 
 def count_in_a_scan() -> jax.Array:
@@ -27,7 +28,7 @@ def count_in_a_scan() -> jax.Array:
 
 
 def state_under_vmap() -> tuple[jax.Array, jax.Array]:
-    """Under vmap, what depends on the lane has a batch axis in the state; what does not, has none."""
+    """Under vmap, state has a batch axis if it depends on the lane, and none if it doesn't."""
     index1 = eqxe.StateIndex()
     index2 = eqxe.StateIndex()
     init_state = jnp.array(0)

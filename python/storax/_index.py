@@ -12,7 +12,7 @@ from equinox import _compile_utils as eqx_compile_utils
 
 from . import _control_flow, _core, _jax, _store
 from ._primitives import frozen_p, get_p, set_p
-from ._slot import Published, Slot, from_stored, structure_at, structure_of, to_stored, type_parts
+from ._slot import Published, Slot, Structure, from_stored, structure_at, structure_of, to_stored, type_parts
 
 __all__ = ["StateIndex", "get_state", "set_state"]
 
@@ -322,6 +322,8 @@ def get_state(index: StateIndex, like: T) -> T:
             )
     if held is not None:
         out = _get_frozen(index, leaves, structure)
+    elif _jax.no_trace():
+        out = _get_now(slot, leaves, structure)
     else:
         mesh = _jax.manual_mesh_axes()
         params = {"slot": slot.id, "structure": structure.number, "levels": (), "mesh": mesh}
@@ -329,6 +331,19 @@ def get_state(index: StateIndex, like: T) -> T:
     if structure.widened:
         out = [from_stored(x, k) for x, k in zip(out, structure.kinds, strict=True)]
     return jtu.tree_unflatten(treedef, out)
+
+
+def _get_now(slot: Slot, like: list[Any], structure: Structure) -> list[Any]:
+    """What the primitive would do, by a shorter way."""
+    plan = slot.plan
+    key = (structure, *[x.shape for x in like])
+    if plan is None or plan[0] != key:
+        type_id = structure.type_id(key[1:], (), ())
+        avals = [jax.typeof(x) for x in like]
+        plan = (key, _store.plan_get(slot.core, type_id, structure.kinds, avals))
+        if slot.core.accepts(type_id):  # what it holds, and where, is then settled
+            slot.plan = plan
+    return _store.run_get(slot.core, plan[1])
 
 
 def _get_frozen(index: StateIndex, like: list[Any], structure: Any) -> list[Any]:
@@ -385,5 +400,8 @@ def set_state(index: StateIndex, state: Any) -> None:
             "read. `equinox.nn.inference_mode(model, value=False)` makes a copy that can be set."
         )
     leaves, _, structure = _flatten_arrays(state, "state", "set_state", slot)
+    if _jax.no_trace():
+        _store.set(slot.core, structure, leaves, (), ())
+        return
     mesh = _jax.manual_mesh_axes()
     set_p.bind(*leaves, slot=slot.id, structure=structure.number, levels=(), mesh=mesh)

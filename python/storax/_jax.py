@@ -499,7 +499,7 @@ def wait_for_this_thread(device: Any) -> None:
     A thread's programs on a device run in order, so a program that does nothing ends after them.
     """
     noop = _noop(device)
-    if no_trace():
+    if _core.trace_ctx.is_top_level():
         noop()
     else:
         with eval_now():
@@ -520,16 +520,16 @@ def device_ordinal(device: Any) -> int:
     return device.local_hardware_id
 
 
-def array_from_host(buffer: np.ndarray, aval: Any, device: Any) -> jax.Array:
+def array_from_host(
+    buffer: np.ndarray, aval: Any, sharding: Any, device: Any, committed: bool
+) -> jax.Array:
     """An array of these bytes, which nobody writes any more, on one device; no copy if XLA can do so."""
-    committed = device != _default_device()
-    sharding = _single_device_sharding(device)
     return _xla_client.batched_device_put(aval, sharding, [buffer], [device], committed)
 
 
-@functools.cache
-def _single_device_sharding(device: Any) -> Any:
-    return jax.sharding.SingleDeviceSharding(device)
+def is_committed(device: Any) -> bool:
+    """Whether arrays there are to be committed to their device: if it is not where they go anyway."""
+    return device != _default_device()
 
 
 def _default_device() -> Any:

@@ -16,11 +16,12 @@ __all__ = ["Slot", "Structure", "structure_of"]
 class Slot:
     """One slot of the store, as shared by all copies of an index."""
 
-    __slots__ = ("__weakref__", "core", "published")
+    __slots__ = ("__weakref__", "core", "plan", "published")
 
     def __init__(self, name: str):
         self.core = _core.create_slot(name)
         self.published: Published | None = None
+        self.plan: tuple[Any, Any] | None = None  # how the last eager get was done
 
     @property
     def id(self) -> int:

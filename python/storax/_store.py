@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from . import _core, _jax
 from ._slot import from_stored, type_parts
@@ -72,10 +73,12 @@ def raise_failures() -> None:
 
 def settle(device: Any) -> None:
     """Lets this thread's earlier programs finish, if any program has state at all."""
-    check_process()
+    if os.getpid() != _pid:
+        check_process()
     if _core.num_programs():
         _jax.wait_for_this_thread(device)
-    raise_failures()
+    if _core.pending_failures():
+        raise_failures()
 
 
 def barrier() -> None:
@@ -129,20 +132,45 @@ def check_no_tracers(leaves: Sequence[Any], op: str, slot: Any) -> None:
             )
 
 
-def get(slot: Any, structure: Any, like: Sequence[Any], levels: tuple, mesh: tuple) -> list[Any]:
-    """The state as fresh arrays, as the store keeps them."""
-    type_id = structure.type_id(tuple(x.shape for x in like), levels, mesh)
-    return _read(slot, type_id, structure.kinds, [_jax.strong(jax.typeof(x)) for x in like])
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that getting a state of some type from some device takes; made once."""
+
+    type_id: int
+    ordinal: int
+    device: Any
+    # dtype and shape as stored, abstract value, sharding
+    leaves: tuple[tuple[Any, tuple[int, ...], Any, Any], ...]
+    committed: bool
 
 
-def _read(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]) -> Plan:
     ordinal = max(slot.device, 0)
     device = _jax.local_device(ordinal)
-    settle(device)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    leaves = tuple(
+        (kind.stored, aval.shape, _jax.strong(aval), sharding)
+        for kind, aval in zip(kinds, avals, strict=True)
+    )
+    return Plan(type_id, ordinal, device, leaves, _jax.is_committed(device))
+
+
+def run_get(slot: Any, plan: Plan) -> list[Any]:
+    """The state as fresh arrays, as the store keeps them."""
+    settle(plan.device)
     return [
-        _jax.array_from_host(buffer.view(kind.stored).reshape(aval.shape), aval, device)
-        for buffer, kind, aval in zip(slot.get(type_id, ordinal), kinds, avals, strict=True)
+        _jax.array_from_host(
+            np.ndarray(shape, dtype, buffer), aval, sharding, plan.device, plan.committed
+        )
+        for buffer, (dtype, shape, aval, sharding) in zip(
+            slot.get(plan.type_id, plan.ordinal), plan.leaves, strict=True
+        )
     ]
+
+
+def get(slot: Any, structure: Any, like: Sequence[Any], levels: tuple, mesh: tuple) -> list[Any]:
+    type_id = structure.type_id(tuple(x.shape for x in like), levels, mesh)
+    return run_get(slot, plan_get(slot, type_id, structure.kinds, [jax.typeof(x) for x in like]))
 
 
 def read_all(slot: Any) -> list[Any]:
@@ -152,7 +180,7 @@ def read_all(slot: Any) -> list[Any]:
     kinds = parts.structure.kinds
     avals = [_jax.shaped(s, k.stored) for s, k in zip(parts.shapes, kinds, strict=True)]
     with _jax.eval_now():
-        stored = _read(slot, type_id, kinds, avals)
+        stored = run_get(slot, plan_get(slot, type_id, kinds, avals))
         return [from_stored(x, k) for x, k in zip(stored, kinds, strict=True)]
 
 

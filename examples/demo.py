@@ -53,8 +53,8 @@ class Report:
         failed = [claim for claim, holds in self.claims if not holds]
         print("\nSummary\n───────")
         for title, seconds in self.sections:
-            print(f"  {title:<58} {seconds:5.1f} s")
-        print(f"  {'Total':<58} {sum(s for _, s in self.sections):5.1f} s")
+            print(f"  {title:<62} {seconds:5.1f} s")
+        print(f"  {'Total':<62} {sum(s for _, s in self.sections):5.1f} s")
         print(f"\n  {len(self.claims) - len(failed)} of {len(self.claims)} claims hold.")
         for claim in failed:
             print(f"  ✗ {claim}")
@@ -230,7 +230,7 @@ def show_sampler(report: Report) -> None:
 
 def main() -> int:
     report = Report()
-    with report.section("1. The manual page's examples"):
+    with report.section("1. The manual page's examples, with `import storax as eqxe`"):
         show_manual(report)
     with report.section("2. Handwritten digits: BatchNorm, Equinox and optax"):
         show_digits(report)

@@ -64,6 +64,8 @@ class BatchNorm(eqx.Module):
         The running statistics belong to the whole batch, so `axis_name` must name every `jax.vmap`
         (or the like) that `x` is batched by. An axis that has another name, or none, gives each of
         its lanes statistics of its own, and these are not what the layer holds: `RuntimeError`.
+        The same goes for training under `jax.shard_map` and `jax.pmap`, where every device has a
+        state of its own; in inference the layer works there.
 
     ??? cite
 

@@ -350,7 +350,8 @@ def _get_frozen(index: StateIndex, like: list[Any], structure: Any) -> list[Any]
     held = index._held
     assert held is not None
     name = index._slot.core.name
-    kept = structure_at(held.structure)
+    # The arrays' own dtypes: a PyTree operation may have cast them.
+    kept = structure_of(structure_at(held.structure).treedef, list(index._leaves))
     if kept is not structure:
         stored = tuple(
             (*x.shape, *k.trailing) for x, k in zip(index._leaves, kept.kinds, strict=True)

@@ -32,7 +32,8 @@ from jax._src.interpreters import pxla as _pxla
 from jax._src.lax.control_flow import loops as _loops
 from jax._src.lib import xla_client as _xla_client
 
-TESTED = ("0.10", "0.11", "0.12")
+TESTED = ((0, 10), (0, 11), (0, 12))
+VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
 Primitive = jax.extend.core.Primitive
 Tracer = jax.core.Tracer
@@ -472,6 +473,29 @@ def _delay_fast_path() -> None:
     _pjit._need_to_rebuild_with_fdo = rebuild_if_unsafe
 
 
+def _keep_calls() -> None:
+    """XLA's nullary-function-wrap-inliner (jaxlib 0.12) aborts on calls whose operands are all tokens.
+
+    It gives the inlined constants control dependencies, which a later pass refuses to remove.
+    Without that pass the ordinary inliner does the work.
+    """
+    if VERSION < (0, 12):
+        return
+    from_hlo = _pxla.UnloadedMeshExecutable.from_hlo
+    name, flag = "nullary-function-wrap-inliner", "xla_disable_hlo_passes"
+
+    def from_hlo_with_state(*args, keepalive, compiler_options_kvs, **kwargs):
+        if any(hasattr(k, "cannot_fail") for k in keepalive or ()):
+            options = dict(compiler_options_kvs)
+            options[flag] = ",".join(filter(None, [options.get(flag), name]))
+            compiler_options_kvs = tuple(options.items())
+        return from_hlo(
+            *args, keepalive=keepalive, compiler_options_kvs=compiler_options_kvs, **kwargs
+        )
+
+    _pxla.UnloadedMeshExecutable.from_hlo = staticmethod(from_hlo_with_state)
+
+
 @functools.cache
 def install_patches() -> None:
     """Teaches JAX about state, once. Programs without state take JAX's own code throughout."""
@@ -479,6 +503,7 @@ def install_patches() -> None:
     _keep_token_in_module()
     _keep_state_in_scan()
     _delay_fast_path()
+    _keep_calls()
 
 
 # --- Running things now ---------------------------------------------------------------------------

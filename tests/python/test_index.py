@@ -278,3 +278,12 @@ def test_an_ensemble_of_models():
     frozen = eqx.nn.inference_mode(models)
     np.testing.assert_array_equal(eqx.filter_vmap(call)(frozen), [2, 4, 6])
     np.testing.assert_array_equal(eqx.filter_jit(eqx.filter_vmap(call))(frozen), [2, 4, 6])
+
+
+def test_a_cast_frozen_model_does_not_agree(index):
+    frozen = eqx.nn.inference_mode(index)
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_array(x) else x, frozen)
+    for wrap in (lambda f: f, eqx.filter_jit):
+        with pytest.raises(RuntimeError, match=r"holds bf16\[\], but `like` is f32\[\]"):
+            wrap(lambda i: storax.get_state(i, ZERO))(cast)
+        assert wrap(lambda i: storax.get_state(i, jnp.bfloat16(0)))(cast) == 3

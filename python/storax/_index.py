@@ -12,7 +12,16 @@ from equinox import _compile_utils as eqx_compile_utils
 
 from . import _control_flow, _core, _jax, _store
 from ._primitives import frozen_p, get_p, set_p
-from ._slot import Published, Slot, Structure, from_stored, structure_at, structure_of, to_stored, type_parts
+from ._slot import (
+    Published,
+    Slot,
+    Structure,
+    from_stored,
+    structure_at,
+    structure_of,
+    to_stored,
+    type_parts,
+)
 
 __all__ = ["StateIndex", "get_state", "set_state"]
 
@@ -170,9 +179,7 @@ class StateIndex:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         self._look_up()
-        aux = _Aux(
-            self._slot, self._held, _flag_behind(self.inference), weak=_is_for_a_jit_cache()
-        )
+        aux = _Aux(self._slot, self._held, _flag_behind(self.inference), weak=_is_for_a_jit_cache())
         return (self.inference, *self._leaves), aux
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Any]:

@@ -10,6 +10,7 @@ enum class Status {
   kTypeMismatch,     // the slot holds a state of another type; nothing was read or written
   kWrongDevice,      // the slot lives on another device; nothing was read or written
   kPartialFirstSet,  // first set, under a mask that does not cover every lane; nothing was written
+  kNoSuchRow,        // a row outside of the stacked state; nothing was read or written
   kOutOfMemory,      // no memory for the state; nothing was written
   kDropped,          // the index, and every program that named it, is gone
 };

@@ -56,6 +56,13 @@ class Slot {
   Status set_masked(SlotId id, Device device, TypeId type, std::span<const bool* const> masks,
                     ConstLeaves in) noexcept;
 
+  // The same for one row of a state whose leaves all have a leading axis of rows, as stacked layers
+  // have. `want` and `type` are types of the whole state; `out`, `in` and the masks are one row's.
+  // `masks` may be empty. A first set of one row is kPartialFirstSet.
+  Status get_row(SlotId id, Device device, TypeId want, std::int64_t row, Leaves out) noexcept;
+  Status set_row(SlotId id, Device device, TypeId type, std::int64_t row,
+                 std::span<const bool* const> masks, ConstLeaves in) noexcept;
+
   // A message for a failed operation: which index, what it holds, what was asked, how to mend it.
   // `op` is "get_state" or "set_state".
   std::string explain(SlotId id, Status status, std::string_view op, Device device, TypeId asked);
@@ -94,6 +101,8 @@ class Slot {
                std::vector<Walk>* walks) noexcept STORAX_REQUIRES(lock_);
   Status prepare_set(SlotId id, Device device, TypeId type, std::vector<Walk>* walks,
                      Cell** cell) noexcept STORAX_REQUIRES(lock_);
+  Status check_row(SlotId id, Device device, TypeId asked, std::int64_t row) noexcept
+      STORAX_REQUIRES(lock_);
   void note(Event::Kind kind, const Cell& cell) noexcept STORAX_REQUIRES(lock_);
   void drop() noexcept;
 

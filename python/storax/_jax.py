@@ -474,12 +474,12 @@ def _delay_fast_path() -> None:
 
 
 def _keep_calls() -> None:
-    """XLA's nullary-function-wrap-inliner (jaxlib 0.12) aborts on calls whose operands are all tokens.
+    """XLA's nullary-function-wrap-inliner (since jaxlib 0.11) aborts on calls whose operands are all tokens.
 
     It gives the inlined constants control dependencies, which a later pass refuses to remove.
     Without that pass the ordinary inliner does the work.
     """
-    if VERSION < (0, 12):
+    if VERSION < (0, 11):
         return
     from_hlo = _pxla.UnloadedMeshExecutable.from_hlo
     name, flag = "nullary-function-wrap-inliner", "xla_disable_hlo_passes"

@@ -85,9 +85,14 @@ std::string Slot::explain(SlotId id, Status status, std::string_view op, Device 
              ". A state lives where it was first set: run the program there, or use one StateIndex "
              "per device.";
     case Status::kPartialFirstSet:
-      return text + "this is the first set, and under `vmap` only some lanes take the branch, so " +
-             "the other lanes of " + asked_text +
-             " would stay unset. Set it once before the `vmap`, or before the branch.";
+      return text + "this is the first set, and it covers only some lanes or rows of " +
+             asked_text +
+             ": the others would stay unset. Set it once as a whole, before the `vmap`, the "
+             "branch " +
+             "or the loop.";
+    case Status::kNoSuchRow:
+      return text + "it holds " + held_text + ", which has no such row. Use the layers as " +
+             "`storax.stack` made them, one slice at a time.";
     case Status::kOutOfMemory:
       return text + "no memory for " + asked_text + ".";
     case Status::kDropped:

@@ -76,7 +76,8 @@ xf::Error guarded(const Target& target, std::string_view op, Device device, Body
   } catch (...) {
     status = Status::kOutOfMemory;
   }
-  if (status == Status::kOk) [[likely]] return xf::Error::Success();
+  if (status == Status::kOk) [[likely]]
+    return xf::Error::Success();
   return fail(target, status, op, device);
 }
 
@@ -123,6 +124,49 @@ xf::Error set_masked(std::int32_t device, xf::Span<const std::int64_t> state,
   });
 }
 
+std::int64_t row_of(const xf::RemainingArgs& args) {
+  return *reinterpret_cast<const std::int32_t*>(bytes_of(args, 1));
+}
+
+xf::Error get_row(std::int32_t device, xf::Span<const std::int64_t> state, xf::RemainingArgs args,
+                  xf::RemainingRets results) {
+  const Target target(state);
+  return guarded(target, "get_state", device, [&](Slot& slot) {
+    const std::size_t leaves = results.size() - 1;
+    Pointers<std::byte*> out(leaves);
+    for (std::size_t k = 0; k < leaves; ++k) {
+      out[k] = static_cast<std::byte*>((*results.get<xf::AnyBuffer>(k + 1))->untyped_data());
+    }
+    return slot.get_row(target.slot, device, target.type, row_of(args), out.span());
+  });
+}
+
+xf::Error set_row(std::int32_t device, xf::Span<const std::int64_t> state, xf::RemainingArgs args,
+                  xf::RemainingRets) {
+  const Target target(state);
+  return guarded(target, "set_state", device, [&](Slot& slot) {
+    const std::size_t leaves = args.size() - 2;
+    Pointers<const std::byte*> in(leaves);
+    for (std::size_t k = 0; k < leaves; ++k) in[k] = bytes_of(args, k + 2);
+    return slot.set_row(target.slot, device, target.type, row_of(args), {}, in.span());
+  });
+}
+
+xf::Error set_row_masked(std::int32_t device, xf::Span<const std::int64_t> state,
+                         xf::RemainingArgs args, xf::RemainingRets) {
+  const Target target(state);
+  return guarded(target, "set_state", device, [&](Slot& slot) {
+    const std::size_t leaves = (args.size() - 2) / 2;
+    Pointers<const bool*> masks(leaves);
+    Pointers<const std::byte*> in(leaves);
+    for (std::size_t k = 0; k < leaves; ++k) {
+      masks[k] = reinterpret_cast<const bool*>(bytes_of(args, k + 2));
+      in[k] = bytes_of(args, leaves + k + 2);
+    }
+    return slot.set_row(target.slot, device, target.type, row_of(args), masks.span(), in.span());
+  });
+}
+
 // Lives as long as the executable does, and so through every run of it: a program that outlives the
 // Python objects it came from still finds its slot.
 class Share {
@@ -149,8 +193,9 @@ xf::ErrorOr<std::unique_ptr<Share>> instantiate(xf::Span<const std::int64_t> sta
   }
   SlotRef ref = SlotRef::share(target.slot);
   if (!ref) {
-    return xf::Unexpected(xf::Error(xf::ErrorCode::kFailedPrecondition,
-                                    "storax: a StateIndex that this program uses no longer exists."));
+    return xf::Unexpected(
+        xf::Error(xf::ErrorCode::kFailedPrecondition,
+                  "storax: a StateIndex that this program uses no longer exists."));
   }
   return std::make_unique<Share>(std::move(ref));
 }
@@ -170,6 +215,9 @@ auto bind_state() {
 XLA_FFI_DEFINE_HANDLER(kGet, get, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSet, set, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetMasked, set_masked, bind_state());
+XLA_FFI_DEFINE_HANDLER(kGetRow, get_row, bind_state());
+XLA_FFI_DEFINE_HANDLER(kSetRow, set_row, bind_state());
+XLA_FFI_DEFINE_HANDLER(kSetRowMasked, set_row_masked, bind_state());
 XLA_FFI_DEFINE_HANDLER(kNothing, nothing, xf::Ffi::Bind().RemainingArgs().RemainingRets());
 
 }  // namespace
@@ -184,8 +232,8 @@ std::int64_t process_nonce() noexcept {
 }
 
 const CpuHandlers& cpu_handlers() noexcept {
-  static const CpuHandlers handlers{kInstantiate, kGet,       kSet,       kSetMasked,
-                                    kNothing,     &Share::id, &share_info};
+  static const CpuHandlers handlers{kInstantiate, kGet,          kSet,     kSetMasked, kGetRow,
+                                    kSetRow,      kSetRowMasked, kNothing, &Share::id, &share_info};
   return handlers;
 }
 

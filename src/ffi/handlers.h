@@ -6,6 +6,9 @@
 //   get:         (token)                 -> (token, leaf...)
 //   set:         (token, leaf...)        -> (token)
 //   set_masked:  (token, mask..., leaf...) -> (token)   one mask per leaf, of the leaf's shape
+//   get_row:     (token, row)            -> (token, leaf...)    `row` is an s32 scalar
+//   set_row:     (token, row, leaf...)   -> (token)
+//   set_row_masked: (token, row, mask..., leaf...) -> (token)
 #pragma once
 
 #include <cstdint>
@@ -23,6 +26,9 @@ struct CpuHandlers {
   XLA_FFI_Handler* get;
   XLA_FFI_Handler* set;
   XLA_FFI_Handler* set_masked;
+  XLA_FFI_Handler* get_row;
+  XLA_FFI_Handler* set_row;
+  XLA_FFI_Handler* set_row_masked;
   XLA_FFI_Handler* nothing;  // does nothing: what an ordered call costs at least
   XLA_FFI_TypeId* share_type_id;
   XLA_FFI_TypeInfo* share_type_info;

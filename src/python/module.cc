@@ -47,7 +47,8 @@ TypeId make_type(const std::vector<LeafTuple>& leaves, std::uint64_t structure,
                  const std::string& structure_text, const std::vector<LevelTuple>& levels,
                  const std::vector<MeshTuple>& mesh) {
   TypeDesc desc;
-  for (const auto& [dtype, item_bytes, dims] : leaves) desc.leaves.push_back({dtype, item_bytes, dims});
+  for (const auto& [dtype, item_bytes, dims] : leaves)
+    desc.leaves.push_back({dtype, item_bytes, dims});
   desc.structure = structure;
   desc.structure_text = structure_text;
   for (const auto& [axes, moved] : levels) desc.levels.push_back({axes, moved});
@@ -80,7 +81,8 @@ nb::list slot_get(const SlotRef& slot, TypeId type_id, Device device) {
     out.push_back(reinterpret_cast<std::byte*>(leaf.data()));
     arrays.append(leaf.cast(nb::rv_policy::reference));
   }
-  const Status status = without_gil(type, [&] { return slot->get(slot.id(), device, type_id, out); });
+  const Status status =
+      without_gil(type, [&] { return slot->get(slot.id(), device, type_id, out); });
   if (status != Status::kOk) raise(slot, status, "get_state", device, type_id);
   return arrays;
 }
@@ -95,7 +97,8 @@ void slot_set(const SlotRef& slot, TypeId type_id, Device device,
   check_count(type, addresses.size());
   std::vector<const std::byte*> in;
   for (std::uintptr_t a : addresses) in.push_back(reinterpret_cast<const std::byte*>(a));
-  const Status status = without_gil(type, [&] { return slot->set(slot.id(), device, type_id, in); });
+  const Status status =
+      without_gil(type, [&] { return slot->set(slot.id(), device, type_id, in); });
   if (status != Status::kOk) raise(slot, status, "set_state", device, type_id);
 }
 
@@ -109,7 +112,8 @@ void slot_set_masked(const SlotRef& slot, TypeId type_id, Device device,
   std::vector<const std::byte*> in;
   for (std::uintptr_t a : mask_addresses) masks.push_back(reinterpret_cast<const bool*>(a));
   for (std::uintptr_t a : addresses) in.push_back(reinterpret_cast<const std::byte*>(a));
-  const Status status = without_gil(type, [&] { return slot->set_masked(slot.id(), device, type_id, masks, in); });
+  const Status status =
+      without_gil(type, [&] { return slot->set_masked(slot.id(), device, type_id, masks, in); });
   if (status != Status::kOk) raise(slot, status, "set_state", device, type_id);
 }
 
@@ -133,6 +137,9 @@ nb::dict handler_capsules() {
   capsules["get"] = handler_capsule(h.get);
   capsules["set"] = handler_capsule(h.set);
   capsules["set_masked"] = handler_capsule(h.set_masked);
+  capsules["get_row"] = handler_capsule(h.get_row);
+  capsules["set_row"] = handler_capsule(h.set_row);
+  capsules["set_row_masked"] = handler_capsule(h.set_row_masked);
   capsules["nothing"] = handler_capsule(h.nothing);
   return capsules;
 }
@@ -155,19 +162,23 @@ NB_MODULE(_core, m) {
   m.doc() = "storax's engine: slots, their types, and XLA FFI handlers. Not for direct use.";
 
   nb::class_<SlotRef>(m, "Slot", "A share in the life of one slot.", nb::is_weak_referenceable())
-      .def_prop_ro("id", [](const SlotRef& s) { return s.id(); }, "What programs name the slot by.")
+      .def_prop_ro(
+          "id", [](const SlotRef& s) { return s.id(); }, "What programs name the slot by.")
       .def_prop_ro("name", [](const SlotRef& s) { return s->name(); })
-      .def_prop_ro("type", [](const SlotRef& s) { return s->type(); },
-                   "The type's id; 0 until the first set.")
-      .def_prop_ro("device", [](const SlotRef& s) { return s->device(); },
-                   "The device's ordinal; -1 until the first set, or if mapped over a mesh.")
+      .def_prop_ro(
+          "type", [](const SlotRef& s) { return s->type(); },
+          "The type's id; 0 until the first set.")
+      .def_prop_ro(
+          "device", [](const SlotRef& s) { return s->device(); },
+          "The device's ordinal; -1 until the first set, or if mapped over a mesh.")
       .def_prop_ro("devices", [](const SlotRef& s) { return s->devices(); })
-      .def_prop_ro("version", [](const SlotRef& s) { return s->version(); },
-                   "Grows with every set.")
+      .def_prop_ro(
+          "version", [](const SlotRef& s) { return s->version(); }, "Grows with every set.")
       .def_prop_ro("num_gets", [](const SlotRef& s) { return s->num_gets(); })
       .def_prop_ro("num_sets", [](const SlotRef& s) { return s->num_sets(); })
-      .def_prop_ro("num_programs", [](const SlotRef& s) { return s->num_programs(); },
-                   "How many operations in compiled programs name the slot.")
+      .def_prop_ro(
+          "num_programs", [](const SlotRef& s) { return s->num_programs(); },
+          "How many operations in compiled programs name the slot.")
       .def(
           "accepts", [](const SlotRef& s, TypeId type) { return s->accepts(s.id(), type); },
           "type"_a, "Whether an operation of this type would agree with the state.")
@@ -177,8 +188,9 @@ NB_MODULE(_core, m) {
            "Copies the leaves at these addresses in. RuntimeError if the slot holds another type.")
       .def("set_masked", &slot_set_masked, "type"_a, "device"_a, "mask_addresses"_a, "addresses"_a,
            "Like set, where the masks are true.")
-      .def("watch", [](const SlotRef& s, std::size_t n) { s->watch(n); }, "capacity"_a,
-           "Keeps the next `capacity` events.")
+      .def(
+          "watch", [](const SlotRef& s, std::size_t n) { s->watch(n); }, "capacity"_a,
+          "Keeps the next `capacity` events.")
       .def("events", &slot_events, "(kind, version, first bytes of the first leaf) per event.");
 
   m.def("create_slot", [](std::string name) { return SlotRef::create(std::move(name)); }, "name"_a);
@@ -196,8 +208,9 @@ NB_MODULE(_core, m) {
         "moved); mesh: (axis name, size).");
   m.def("type_text", [](TypeId id) { return type_at(id).str(); }, "type"_a);
   m.def("record_failure", [](const std::string& text) { failures::record(0, text); }, "text"_a);
-  m.def("acknowledge_failure", [](const std::string& text) { failures::acknowledge(text); },
-        "text"_a, "Forgets the recorded failure whose message is part of `text`.");
+  m.def(
+      "acknowledge_failure", [](const std::string& text) { failures::acknowledge(text); }, "text"_a,
+      "Forgets the recorded failure whose message is part of `text`.");
   m.def("pending_failures", &failures::pending);
   m.def("take_failures", &failures::take);
   m.def(

@@ -86,7 +86,9 @@ MISMATCHES = {
 def test_get_of_another_type(index, case, run):
     held, like, held_text, like_text = MISMATCHES[case]
     storax.set_state(index, held)
-    with pytest.raises(RuntimeError, match=f"'counter': it holds {held_text}, but `like` is {like_text}"):
+    with pytest.raises(
+        RuntimeError, match=f"'counter': it holds {held_text}, but `like` is {like_text}"
+    ):
         run(lambda: storax.get_state(index, like))
 
 
@@ -104,13 +106,17 @@ def test_set_of_another_type(index, case, run):
 
 def test_inference_forbids_set(run):
     index = storax.StateIndex(inference=True, name="frozen")
-    with pytest.raises(RuntimeError, match=r"set_state of StateIndex 'frozen'.*`inference`.*inference_mode"):
+    with pytest.raises(
+        RuntimeError, match=r"set_state of StateIndex 'frozen'.*`inference`.*inference_mode"
+    ):
         run(lambda: storax.set_state(index, jnp.zeros(1)))
 
 
 def test_inference_of_an_unset_index(run):
     index = storax.StateIndex(inference=True, name="frozen")
-    with pytest.raises(RuntimeError, match=r"get_state of StateIndex 'frozen'.*nothing has been set"):
+    with pytest.raises(
+        RuntimeError, match=r"get_state of StateIndex 'frozen'.*nothing has been set"
+    ):
         run(lambda: storax.get_state(index, jnp.zeros(1)))
 
 
@@ -127,7 +133,10 @@ def test_index_as_an_argument_of_plain_jit(inference):
     index = storax.StateIndex(name="argument")
     storax.set_state(index, jnp.zeros(1))
     index = eqx.nn.inference_mode(index, inference)
-    for f in (lambda i: storax.get_state(i, jnp.zeros(1)), lambda i: storax.set_state(i, jnp.zeros(1))):
+    for f in (
+        lambda i: storax.get_state(i, jnp.zeros(1)),
+        lambda i: storax.set_state(i, jnp.zeros(1)),
+    ):
         with pytest.raises(TypeError, match=r"'argument'.*filter_jit.*storax.jit.*close over"):
             jax.jit(f)(index)
 

@@ -39,7 +39,9 @@ def test_at_the_next_eager_operation(fails_late):
         storax.barrier,
     ):
         fails_late()
-        with pytest.raises(RuntimeError, match=r"earlier program failed[^$]*'late'.*holds f32\[3\]"):
+        with pytest.raises(
+            RuntimeError, match=r"earlier program failed[^$]*'late'.*holds f32\[3\]"
+        ):
             operation()
         operation()  # once
 

@@ -101,9 +101,7 @@ def test_the_pullback_runs_nothing_again():
         lambda f: lambda x: jax.jvp(f, (x,), (1.0,)),
         lambda f: lambda x: jax.linearize(f, x)[1](1.0),
         lambda f: jax.grad(jax.checkpoint(f)),
-        lambda f: jax.grad(
-            lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0]
-        ),
+        lambda f: jax.grad(lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0]),
         lambda f: jax.grad(lambda x: lax.cond(x > 0, f, lambda x: x, x)),
     ],
     ids=["grad", "jacfwd", "jvp", "linearize", "checkpoint", "scan", "cond"],

@@ -55,7 +55,9 @@ def test_as_a_closure():
     assert [float(eqx.filter_jit(model)()) for _ in range(2)] == [4, 5]
 
 
-@pytest.mark.parametrize("transform", ["filter_vmap", "filter_grad", "filter_value_and_grad", "filter_checkpoint"])
+@pytest.mark.parametrize(
+    "transform", ["filter_vmap", "filter_grad", "filter_value_and_grad", "filter_checkpoint"]
+)
 def test_filtered_transformations(transform):
     model = Counter()
     if transform == "filter_vmap":
@@ -86,7 +88,9 @@ def copies(model):
     yield eqx.combine(dynamic, static)
     yield eqx.combine(eqx.filter(model, eqx.is_array), model)
     yield eqx.tree_at(lambda m: m.scale, model, jnp.float32(2))
-    yield eqx.apply_updates(model, eqx.filter(jax.tree.map(jnp.zeros_like, model), eqx.is_inexact_array))
+    yield eqx.apply_updates(
+        model, eqx.filter(jax.tree.map(jnp.zeros_like, model), eqx.is_inexact_array)
+    )
     yield eqx.nn.inference_mode(eqx.nn.inference_mode(model), value=False)
 
 

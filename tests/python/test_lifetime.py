@@ -46,7 +46,9 @@ USES = {
     "aot": lambda i: jax.jit(lambda x: bump(i, x)).lower(ZERO).compile()(ZERO),
     "make_jaxpr": lambda i: jax.make_jaxpr(lambda x: bump(i, x))(ZERO),
     "grad": lambda i: jax.grad(lambda x: (bump(i), x)[1])(ZERO),
-    "error": lambda i: pytest.raises(RuntimeError, jax.jit(lambda: storax.get_state(i, jnp.zeros(9)))),
+    "error": lambda i: pytest.raises(
+        RuntimeError, jax.jit(lambda: storax.get_state(i, jnp.zeros(9)))
+    ),
 }
 
 

@@ -45,9 +45,13 @@ def test_any_axis(index, jit, axis):
 def test_axes_must_agree_even_where_shapes_do(index, jit):
     square = jnp.arange(9.0).reshape(3, 3)
     jit(jax.vmap(setter(index), in_axes=1))(square)
-    with pytest.raises(RuntimeError, match=r"'batched'.*batch axes 1, but.*batch axes 0.*in_axes.*0"):
+    with pytest.raises(
+        RuntimeError, match=r"'batched'.*batch axes 1, but.*batch axes 0.*in_axes.*0"
+    ):
         jax.block_until_ready(jit(jax.vmap(getter(index)))(square))
-    np.testing.assert_array_equal(jit(jax.vmap(getter(index), in_axes=1, out_axes=1))(square), square)
+    np.testing.assert_array_equal(
+        jit(jax.vmap(getter(index), in_axes=1, out_axes=1))(square), square
+    )
 
 
 def test_batched_and_unbatched_do_not_agree(index, jit):
@@ -131,7 +135,9 @@ def test_in_a_program_and_eagerly(index):
 LOOPS = {
     "scan": lambda f, x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
     "fori": lambda f, x: lax.fori_loop(0, 2, lambda _, c: f(c), x),
-    "while": lambda f, x: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, f(c[1])), (0, x))[1],
+    "while": lambda f, x: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, f(c[1])), (0, x))[
+        1
+    ],
     "cond": lambda f, x: lax.cond(jnp.bool_(True), f, lambda x: x, x),
     "switch": lambda f, x: lax.switch(1, [lambda x: x, f], x),
     "batched cond": lambda f, x: lax.cond(x.sum() > -1, f, lambda x: x, x),

@@ -1,0 +1,71 @@
+// Operations on one row of a stacked state.
+#include <cstring>
+
+#include "storax/store.h"
+
+namespace storax {
+namespace {
+
+std::size_t row_bytes(const Type& type, std::size_t leaf) {
+  const std::int64_t rows = type.desc().leaves[leaf].dims[0];
+  return rows == 0 ? 0 : type.leaf_bytes(leaf) / static_cast<std::size_t>(rows);
+}
+
+}  // namespace
+
+Status Slot::check_row(SlotId id, Device device, TypeId asked, std::int64_t row) noexcept {
+  // Nothing moves the axis of rows, and few states have rows: only the plain layout is served.
+  if (!is_live(id)) return Status::kDropped;
+  if (type_id_ == kNoType) return Status::kNeverSet;
+  if (type_id_ != asked) return Status::kTypeMismatch;
+  if (find_cell(device) == nullptr) {
+    return type_->is_mapped() ? Status::kNeverSet : Status::kWrongDevice;
+  }
+  for (const Leaf& leaf : type_->desc().leaves) {
+    if (leaf.dims.empty() || row < 0 || row >= leaf.dims[0]) return Status::kNoSuchRow;
+  }
+  return Status::kOk;
+}
+
+Status Slot::get_row(SlotId id, Device device, TypeId want, std::int64_t row, Leaves out) noexcept {
+  const SpinGuard guard(lock_);
+  if (const Status status = check_row(id, device, want, row); status != Status::kOk) return status;
+  const Cell& cell = *find_cell(device);
+  for (std::size_t k = 0; k < out.size(); ++k) {
+    const std::size_t bytes = row_bytes(*type_, k);
+    if (bytes == 0) continue;
+    const std::byte* from = cell.data + type_->leaf_offset(k);
+    std::memcpy(out[k], from + static_cast<std::size_t>(row) * bytes, bytes);
+  }
+  ++gets_;
+  if (watch_capacity_ > 0) note(Event::Kind::kGet, cell);
+  return Status::kOk;
+}
+
+Status Slot::set_row(SlotId id, Device device, TypeId type, std::int64_t row,
+                     std::span<const bool* const> masks, ConstLeaves in) noexcept {
+  const SpinGuard guard(lock_);
+  const Status status = check_row(id, device, type, row);
+  if (status != Status::kOk) {
+    return status == Status::kNeverSet ? Status::kPartialFirstSet : status;
+  }
+  const Cell& cell = *find_cell(device);
+  for (std::size_t k = 0; k < in.size(); ++k) {
+    const std::size_t bytes = row_bytes(*type_, k), item = type_->desc().leaves[k].item_bytes;
+    if (bytes == 0) continue;
+    std::byte* to = cell.data + type_->leaf_offset(k) + static_cast<std::size_t>(row) * bytes;
+    if (masks.empty()) {
+      std::memcpy(to, in[k], bytes);
+    } else {
+      for (std::size_t i = 0; i < bytes / item; ++i) {
+        if (masks[k][i]) std::memcpy(to + i * item, in[k] + i * item, item);
+      }
+    }
+  }
+  ++sets_;
+  version_.fetch_add(1, std::memory_order_acq_rel);
+  if (watch_capacity_ > 0) note(Event::Kind::kSet, cell);
+  return Status::kOk;
+}
+
+}  // namespace storax

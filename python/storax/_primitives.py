@@ -1,18 +1,21 @@
 """The primitives behind get_state and set_state, and what they do under each transformation.
 
-    get_state         *like        -> *state      slot, structure, levels, mesh
-    set_state         *state       ->             slot, structure, levels, mesh
-    set_state_masked  mask, *state ->             slot, structure, levels, mesh, mask_axes
-    frozen_state      *held, *like -> *held       structure, levels, held_levels, name
+    get_state         [row,] *like        -> *state   slot, structure, levels, mesh, rows
+    set_state         [row,] *state       ->          slot, structure, levels, mesh, rows
+    set_state_masked  mask, [row,] *state ->          slot, structure, levels, mesh, rows, mask_axes
+    frozen_state      *held, *like        -> *held    structure, levels, held_levels, name
 
 `slot` and `structure` are numbers: objects in equations would be kept alive by JAX's caches.
 `levels` grows by one entry per vmap, innermost first: `(axis or None per leaf, moved)`; see
-`storax::BatchLevel`. `mask_axes` says where each of these levels is in the mask.
+`storax::BatchLevel`. With `rows`, the state has a leading axis of that many rows, as stacked layers
+have, and the operation is on one of them. `mask_axes` says where each of these levels is in the mask.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -29,11 +32,27 @@ for _p in (get_p, set_p, set_masked_p, frozen_p):
     _p.multiple_results = True
 
 
+def _split_row(args: Sequence[Any], rows: int | None) -> tuple[list[Any], list[Any]]:
+    return ([], list(args)) if rows is None else (list(args[:1]), list(args[1:]))
+
+
+def _whole(avals: Sequence[Any], levels: tuple, rows: int | None) -> tuple[tuple, tuple]:
+    """Shapes and levels of the whole state, if these are one row's."""
+    shapes = _shapes(avals)
+    if rows is None:
+        return shapes, levels
+    below = tuple(
+        (tuple(None if a is None else a + 1 for a in axes), moved) for axes, moved in levels
+    )
+    return tuple((rows, *shape) for shape in shapes), below
+
+
 # --- Abstract evaluation --------------------------------------------------------------------------
 
 
 @get_p.def_effectful_abstract_eval
-def _(*like, **params):
+def _(*args, rows, **params):
+    _, like = _split_row(args, rows)
     return [_jax.vary_over_mesh(_jax.strong(a)) for a in like], {_jax.STATE}
 
 
@@ -104,7 +123,9 @@ def masked_update(
 ) -> list[Any]:
     """The state after a masked set, as values."""
     kinds = structure_at(structure).kinds
-    masks = _leaf_masks(mask, mask_axes, levels, [k.dims(x.shape) for k, x in zip(kinds, new)])
+    masks = _leaf_masks(
+        mask, mask_axes, levels, [k.dims(x.shape) for k, x in zip(kinds, new, strict=True)]
+    )
     return [
         lax.select(lax.broadcast_in_dim(m, x.shape, range(m.ndim)), x, o)
         for m, x, o in zip(masks, new, old, strict=True)
@@ -119,23 +140,42 @@ def _shapes(leaves: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
 
 
 @get_p.def_impl
-def _(*like, slot, structure, levels, mesh):
-    return _store.get(_core.share_slot(slot), structure_at(structure), like, levels, mesh)
+def _(*args, slot, structure, levels, mesh, rows):
+    core, made = _core.share_slot(slot), structure_at(structure)
+    row, like = _split_row(args, rows)
+    if not row:
+        return _store.get(core, made, like, levels, mesh)
+    shapes, levels = _whole(like, levels, rows)
+    whole = [_jax.shaped(s, x.dtype) for s, x in zip(shapes, like, strict=True)]
+    return [x[row[0]] for x in _store.get(core, made, whole, levels, mesh)]
+
+
+def _set_now(args, masks, *, slot, structure, levels, mesh, rows):
+    core, made = _core.share_slot(slot), structure_at(structure)
+    row, state = _split_row(args, rows)
+    if row:
+        shapes, levels = _whole(state, levels, rows)
+        whole = [_jax.shaped(s, x.dtype) for s, x in zip(shapes, state, strict=True)]
+        old = _store.get(core, made, whole, levels, mesh)
+        state = [o.at[row[0]].set(x) for o, x in zip(old, state, strict=True)]
+        if masks is not None:
+            kept = [jnp.zeros(k.dims(o.shape), bool) for k, o in zip(made.kinds, old, strict=True)]
+            masks = [z.at[row[0]].set(m) for z, m in zip(kept, masks, strict=True)]
+    _store.set(core, made, state, levels, mesh, masks)
+    return []
 
 
 @set_p.def_impl
-def _(*state, slot, structure, levels, mesh):
-    _store.set(_core.share_slot(slot), structure_at(structure), state, levels, mesh)
-    return []
+def _(*args, **params):
+    return _set_now(args, None, **params)
 
 
 @set_masked_p.def_impl
-def _(mask, *state, slot, structure, levels, mesh, mask_axes):
-    kinds = structure_at(structure).kinds
+def _(mask, *args, mask_axes, **params):
+    _, state = _split_row(args, params["rows"])
+    kinds = structure_at(params["structure"]).kinds
     dims = [k.dims(x.shape) for k, x in zip(kinds, state, strict=True)]
-    masks = _leaf_masks(mask, mask_axes, levels, dims)
-    _store.set(_core.share_slot(slot), structure_at(structure), state, levels, mesh, masks)
-    return []
+    return _set_now(args, _leaf_masks(mask, mask_axes, params["levels"], dims), **params)
 
 
 def _check_frozen(held, like, structure, levels, held_levels, name):
@@ -167,18 +207,35 @@ def _recorded(levels: tuple, axis_data: Any, dims: Sequence[int | None]) -> tupl
     return (*levels, (tuple(dims), _jax.is_moved(axis_data)))
 
 
-def _batch_get(axis_data, like, dims, *, levels, **params):
-    out = get_p.bind(*like, levels=_recorded(levels, axis_data, dims), **params)
-    return out, list(dims)
+def _batch_get(axis_data, args, dims, *, levels, rows, **params):
+    row, like = _split_row(args, rows)
+    row_dim, like_dims = _split_row(dims, rows)
+    if row_dim and row_dim[0] is not None:
+        return _get_rows(axis_data, row[0], like, like_dims, levels=levels, rows=rows, **params)
+    levels = _recorded(levels, axis_data, like_dims)
+    return get_p.bind(*args, levels=levels, rows=rows, **params), like_dims
 
 
-def _batch_set(axis_data, state, dims, *, levels, **params):
-    set_p.bind(*state, levels=_recorded(levels, axis_data, dims), **params)
+def _batch_set(axis_data, args, dims, *, levels, rows, **params):
+    row, state = _split_row(args, rows)
+    row_dim, state_dims = _split_row(dims, rows)
+    if row_dim and row_dim[0] is not None:
+        _set_rows(axis_data, None, row[0], state, state_dims, levels=levels, rows=rows, **params)
+    else:
+        levels = _recorded(levels, axis_data, state_dims)
+        set_p.bind(*args, levels=levels, rows=rows, **params)
     return [], []
 
 
-def _batch_set_masked(axis_data, args, dims, *, levels, mask_axes, **params):
-    (mask, *state), (mask_dim, *state_dims) = args, dims
+def _batch_set_masked(axis_data, args, dims, *, levels, mask_axes, rows, **params):
+    (mask, *args), (mask_dim, *dims) = args, dims
+    row, state = _split_row(args, rows)
+    row_dim, state_dims = _split_row(dims, rows)
+    if row_dim and row_dim[0] is not None:
+        _refuse_rows(levels, params["slot"])
+        lanes = _jax.move_to_front(axis_data, mask, mask_dim)
+        _set_rows(axis_data, lanes, row[0], state, state_dims, levels=levels, rows=rows, **params)
+        return [], []
     if all(d is None for d in state_dims):
         # No leaf has this level: the state is written if any of its lanes is active.
         if mask_dim is not None:
@@ -186,8 +243,42 @@ def _batch_set_masked(axis_data, args, dims, *, levels, mask_axes, **params):
     else:
         levels = _recorded(levels, axis_data, state_dims)
         mask_axes = (*mask_axes, mask_dim)
-    set_masked_p.bind(mask, *state, levels=levels, mask_axes=mask_axes, **params)
+    set_masked_p.bind(mask, *args, levels=levels, mask_axes=mask_axes, rows=rows, **params)
     return [], []
+
+
+# A vmap over stacked layers: each lane has a row of its own, and together they have the whole state.
+
+
+def _refuse_rows(levels, slot):
+    if levels:
+        raise NotImplementedError(
+            f"storax: {_core.share_slot(slot).name} belongs to stacked layers, and a `vmap` over "
+            "them contains a `vmap` whose lanes have states of their own. Swap the two."
+        )
+
+
+def _get_rows(axis_data, row, like, like_dims, *, levels, rows, **params):
+    _refuse_rows(levels, params["slot"])
+    avals = [
+        _jax.lane_aval(jax.typeof(x), axis_data.size, d)
+        for x, d in zip(like, like_dims, strict=True)
+    ]
+    whole = [jnp.zeros((rows, *a.shape), a.dtype) for a in avals]
+    state = get_p.bind(*whole, levels=(), rows=None, **params)
+    return [jnp.take(x, row, axis=0) for x in state], [0] * len(like)
+
+
+def _set_rows(axis_data, lanes, row, state, dims, *, levels, rows, **params):
+    _refuse_rows(levels, params["slot"])
+    new = [_jax.move_to_front(axis_data, x, d) for x, d in zip(state, dims, strict=True)]
+    old = get_p.bind(
+        *[jnp.zeros((rows, *x.shape[1:]), x.dtype) for x in new], levels=(), rows=None, **params
+    )
+    if lanes is not None:
+        row = jnp.where(lanes, row, rows)  # out of bounds: dropped
+    whole = [o.at[row].set(x, mode="drop") for o, x in zip(old, new, strict=True)]
+    set_p.bind(*whole, levels=(), rows=None, **params)
 
 
 def _batch_frozen(axis_data, args, dims, *, levels, held_levels, **params):
@@ -225,7 +316,7 @@ def _jvp_of_get(primitive):
 
 def _jvp_of_set(primitive):
     def rule(primals, tangents, *, slot, **params):
-        if any(type(t) is not _jax.Zero for t in tangents):
+        if any(type(t) is not _jax.Zero and t.dtype != jax.dtypes.float0 for t in tangents):
             name = _core.share_slot(slot).name
             raise NotImplementedError(
                 f"storax.set_state of {name}: the new state depends on what is being differentiated, "
@@ -281,22 +372,29 @@ def _lower(ctx, op, target, slot_id, type_id, operands, avals_in):
     )
 
 
-def _type_of(structure, avals, levels, mesh):
-    return structure_at(structure).type_id(_shapes(avals), levels, mesh)
+def _type_of(structure, avals, levels, mesh, rows):
+    shapes, levels = _whole(avals, levels, rows)
+    return structure_at(structure).type_id(shapes, levels, mesh)
 
 
-def _lower_get(ctx, *like, slot, structure, levels, mesh):
-    type_id = _type_of(structure, ctx.avals_out, levels, mesh)
-    return _lower(ctx, "get_state", _store.GET, slot, type_id, (), ())
+def _lower_get(ctx, *args, slot, structure, levels, mesh, rows):
+    type_id = _type_of(structure, ctx.avals_out, levels, mesh, rows)
+    row, _ = _split_row(args, rows)
+    row_aval, _ = _split_row(ctx.avals_in, rows)
+    target = _store.GET_ROW if row else _store.GET
+    return _lower(ctx, "get_state", target, slot, type_id, row, row_aval)
 
 
-def _lower_set(ctx, *state, slot, structure, levels, mesh):
-    type_id = _type_of(structure, ctx.avals_in, levels, mesh)
-    return _lower(ctx, "set_state", _store.SET, slot, type_id, state, ctx.avals_in)
+def _lower_set(ctx, *args, slot, structure, levels, mesh, rows):
+    row, avals = _split_row(ctx.avals_in, rows)
+    type_id = _type_of(structure, avals, levels, mesh, rows)
+    target = _store.SET_ROW if row else _store.SET
+    return _lower(ctx, "set_state", target, slot, type_id, args, ctx.avals_in)
 
 
-def _lower_set_masked(ctx, mask, *state, slot, structure, levels, mesh, mask_axes):
-    avals = ctx.avals_in[1:]
+def _lower_set_masked(ctx, mask, *args, slot, structure, levels, mesh, rows, mask_axes):
+    row, state = _split_row(args, rows)
+    row_aval, avals = _split_row(ctx.avals_in[1:], rows)
     dims = [k.dims(a.shape) for k, a in zip(structure_at(structure).kinds, avals, strict=True)]
     mask_avals = [_jax.shaped(d, bool) for d in dims]
 
@@ -304,9 +402,10 @@ def _lower_set_masked(ctx, mask, *state, slot, structure, levels, mesh, mask_axe
         return _leaf_masks(mask, mask_axes, levels, dims)
 
     masks = _jax.lower_inline(ctx, spread, ctx.avals_in[:1], mask_avals, mask)
-    type_id = _type_of(structure, avals, levels, mesh)
-    operands, avals_in = [*masks, *state], [*mask_avals, *avals]
-    return _lower(ctx, "set_state", _store.SET_MASKED, slot, type_id, operands, avals_in)
+    type_id = _type_of(structure, avals, levels, mesh, rows)
+    target = _store.SET_ROW_MASKED if row else _store.SET_MASKED
+    operands, avals_in = [*row, *masks, *state], [*row_aval, *mask_avals, *avals]
+    return _lower(ctx, "set_state", target, slot, type_id, operands, avals_in)
 
 
 def _lower_frozen(ctx, *held_and_like, **params):

@@ -54,7 +54,7 @@ class LeafKind:
         return stored_shape[: len(stored_shape) - len(self.trailing)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def leaf_kind(dtype: Any) -> LeafKind:
     label = _jax.short_dtype_name(dtype)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
@@ -121,7 +121,7 @@ def _text(treedef: Any) -> str:
     return text
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _type_id(structure: Structure, shapes: tuple, levels: tuple, mesh: tuple) -> int:
     leaves = [
         (kind.label, kind.item_bytes, list(kind.dims(shape)))
@@ -155,7 +155,7 @@ def type_parts(number: int) -> TypeParts:
 _structures: list[Structure] = []
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _structure(treedef: Any, dtypes: tuple) -> Structure:
     made = Structure(len(_structures), treedef, tuple(leaf_kind(d) for d in dtypes))
     _structures.append(made)

@@ -19,6 +19,17 @@ __all__ = ["GET", "SET", "SET_MASKED", "barrier", "get", "register_handlers", "s
 GET = "storax.get_state"
 SET = "storax.set_state"
 SET_MASKED = "storax.set_state_masked"
+GET_ROW = "storax.get_row"
+SET_ROW = "storax.set_row"
+SET_ROW_MASKED = "storax.set_row_masked"
+_TARGETS = {
+    GET: "get",
+    SET: "set",
+    SET_MASKED: "set_masked",
+    GET_ROW: "get_row",
+    SET_ROW: "set_row",
+    SET_ROW_MASKED: "set_row_masked",
+}
 
 _pid = os.getpid()
 
@@ -43,7 +54,7 @@ def register_handlers() -> None:
     jax.local_devices(backend="cpu")
     jax.ffi.register_ffi_type("storax.Share", _core.share_type(), platform="cpu")
     handlers = _core.handlers()
-    for target, handler in ((GET, "get"), (SET, "set"), (SET_MASKED, "set_masked")):
+    for target, handler in _TARGETS.items():
         stages = {"instantiate": handlers["instantiate"], "execute": handlers[handler]}
         jax.ffi.register_ffi_target(target, stages, platform="cpu")
     # A failure that JAX itself has raised need not be raised again.
@@ -170,18 +181,26 @@ def run_get(slot: Any, plan: Plan) -> list[Any]:
 
 def get(slot: Any, structure: Any, like: Sequence[Any], levels: tuple, mesh: tuple) -> list[Any]:
     type_id = structure.type_id(tuple(x.shape for x in like), levels, mesh)
-    return run_get(slot, plan_get(slot, type_id, structure.kinds, [jax.typeof(x) for x in like]))
+    return run_get(
+        slot,
+        plan_get(slot, type_id, structure.kinds, [_jax.shaped(x.shape, x.dtype) for x in like]),
+    )
 
 
-def read_all(slot: Any) -> list[Any]:
-    """The state as fresh arrays of the user's dtypes, whatever its type."""
+def read_stored(slot: Any) -> list[Any]:
+    """The state as fresh arrays, as the store keeps them, whatever its type."""
     type_id = slot.type
     parts = type_parts(type_id)
     kinds = parts.structure.kinds
     avals = [_jax.shaped(s, k.stored) for s, k in zip(parts.shapes, kinds, strict=True)]
+    return run_get(slot, plan_get(slot, type_id, kinds, avals))
+
+
+def read_all(slot: Any) -> list[Any]:
+    """The state as fresh arrays of the user's dtypes, whatever its type."""
+    kinds = type_parts(slot.type).structure.kinds
     with _jax.eval_now():
-        stored = run_get(slot, plan_get(slot, type_id, kinds, avals))
-        return [from_stored(x, k) for x, k in zip(stored, kinds, strict=True)]
+        return [from_stored(x, k) for x, k in zip(read_stored(slot), kinds, strict=True)]
 
 
 def set(

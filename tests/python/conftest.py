@@ -7,11 +7,12 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
-import gc  # noqa: E402
+import gc
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-import storax  # noqa: E402
+import jax
+import pytest
+
+import storax
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import storax
 from jax import lax
+
+import storax
 
 
 def count_and_multiply(index, x):

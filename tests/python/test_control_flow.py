@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import storax
 from jax import lax
+
+import storax
 
 ZERO = jnp.int32(0)
 

@@ -6,6 +6,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+
 import storax
 
 

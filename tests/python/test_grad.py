@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import storax
 from jax import lax
+
+import storax
 from nesting import BASES, WRAPPERS, build, expected, nestings, runs
 
 START, X = 2.0, 0.7

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-import storax
 from jax import lax
+
+import storax
 
 ZERO = jnp.float32(0)
 

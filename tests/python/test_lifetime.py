@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import storax
 from jax import lax
+
+import storax
 from storax import _core
 
 ZERO = jnp.float32(0)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import storax
 from jax import lax
+
+import storax
 
 
 @pytest.fixture(params=["eager", "jit"])
@@ -153,7 +154,7 @@ LOOPS = {
 def test_control_flow_that_jax_batches_moves_axes(index, jit, loop, axis):
     """What is set outside a loop, batched along any axis, is the same state inside it."""
     x = jnp.arange(2.0 * 3 * 4).reshape(2, 3, 4)
-    times = 1 if "cond" in loop and "scan" not in loop or loop == "switch" else 2
+    times = 1 if ("cond" in loop and "scan" not in loop) or loop == "switch" else 2
 
     def f(x):
         storax.set_state(index, x)

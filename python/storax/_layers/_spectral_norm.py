@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._index import StateIndex, get_state, set_state
+from .._index import StateIndex
+from .._operations import get_state, set_state
 from ._state import in_inference, index_holding
 
 __all__ = ["SpectralNorm"]

@@ -5,7 +5,8 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from .._index import StateIndex, set_state
+from .._index import StateIndex
+from .._operations import set_state
 
 __all__ = ["in_inference", "index_holding"]
 

@@ -1,0 +1,206 @@
+"""A get and a set in each step of a scan: what an operation on state costs inside of a program."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from report import Findings
+from timing import AGAIN, Clock, Samples, repeated
+
+import storax
+from storax import _core, _jax
+
+NOTHING = "nothing"
+CARRY = "carry"
+TARGET = "storax.bench.nothing"
+LABELS = {
+    NOTHING: "two ordered FFI calls that do nothing",
+    "storax": "get and set, jax.jit",
+    "storax.jit": "get and set, storax.jit",
+    CARRY: "a carry, by hand",
+    "ref": "jax.Ref",
+    "io_callback": "ordered io_callback to get, another to set",
+    "io_callback-1": "one ordered io_callback for both",
+}
+
+
+# --- Custom calls that do nothing, made and ordered as storax's own are ---------------------------
+
+
+def _nothing_primitive(name: str, num_results: int) -> Any:
+    primitive = _jax.Primitive(name)
+    primitive.multiple_results = True
+
+    @primitive.def_effectful_abstract_eval
+    def _(*args):
+        return [_jax.shaped((), np.int32)] * num_results, {_jax.STATE}
+
+    def lower(ctx, *args):
+        return _jax.ordered_ffi_call(ctx, TARGET, args, ctx.avals_in, ctx.avals_out)
+
+    _jax.define_lowering(primitive, lower, platform="cpu")
+    return primitive
+
+
+# --- Contenders -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A program of so many steps, and the number of steps that its state has counted."""
+
+    program: Callable[[], Any]
+    steps: int
+    counted: Callable[[], int] | None
+
+
+def _loop(
+    body: Callable[[jax.Array], jax.Array], steps: int, counted: Callable[[], int] | None, jit=jax.jit
+) -> Loop:
+    program = jit(
+        lambda start: lax.scan(lambda i, _: (body(i), None), start, None, length=steps)[0]
+    )
+    start = jnp.array(0)  # an argument, lest XLA work it all out when it compiles
+    return Loop(lambda: program(start), steps, counted)
+
+
+def _carry(steps: int) -> Loop:
+    return _loop(lambda i: i + 1, steps, None)
+
+
+def _nothing(steps: int) -> Loop:
+    jax.ffi.register_ffi_target(TARGET, _core.handlers()["nothing"], platform="cpu")
+    get, set = _nothing_primitive("nothing_to_get", 1), _nothing_primitive("nothing_to_set", 0)
+
+    def body(i):
+        (value,) = get.bind()
+        set.bind(value + 1)
+        return i + 1
+
+    return _loop(body, steps, None)
+
+
+def _storax(steps: int, jit=jax.jit) -> Loop:
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.array(0))
+
+    def body(i):
+        storax.set_state(index, storax.get_state(index, like=i) + 1)
+        return i + 1
+
+    return _loop(body, steps, lambda: int(storax.get_state(index, like=jnp.array(0))), jit)
+
+
+def _storax_jit(steps: int) -> Loop:
+    return _storax(steps, storax.jit)
+
+
+def _ref(steps: int) -> Loop:
+    ref = jax.new_ref(jnp.array(0))
+
+    def body(i):
+        ref[...] = ref[...] + 1
+        return i + 1
+
+    return _loop(body, steps, lambda: int(ref[...]))
+
+
+def _io_callback(steps: int, one_for_both: bool = False) -> Loop:
+    state = np.zeros((), np.int32)
+    like = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def load():
+        return state
+
+    def save(value):
+        state[...] = value
+
+    def both():
+        state[...] += 1
+        return state
+
+    def body(i):
+        if one_for_both:
+            return i + jax.experimental.io_callback(both, like, ordered=True) * 0 + 1
+        value = jax.experimental.io_callback(load, like, ordered=True)
+        jax.experimental.io_callback(save, None, value + 1, ordered=True)
+        return i + 1
+
+    def counted():
+        jax.effects_barrier()
+        return int(state)
+
+    return _loop(body, steps, counted)
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def measure(quick: bool, large: bool) -> Findings:
+    steps, callbacks = (20_000, 100) if quick else (100_000, 300)
+    found = Findings(
+        "scan",
+        "A get and a set in each step of a scan",
+        f"Time per step of a scan of {steps:,} steps that counts its steps in a state of i32[] "
+        f"({callbacks} steps where each calls back to Python).",
+    )
+    loops: dict[str, Loop] = {}
+    for key, make in (
+        (NOTHING, lambda: _nothing(steps)),
+        (AGAIN, lambda: _nothing(steps)),
+        ("storax", lambda: _storax(steps)),
+        ("storax.jit", lambda: _storax_jit(steps)),
+        (CARRY, lambda: _carry(steps)),
+        ("ref", lambda: _ref(steps)),
+        ("io_callback", lambda: _io_callback(callbacks)),
+        ("io_callback-1", lambda: _io_callback(callbacks, one_for_both=True)),
+    ):
+        with _left_out_if_missing(found, key):
+            loops[key] = make()
+    for key, loop in loops.items():
+        _check(key, loop)
+    clock = Clock(rounds=10 if quick else 60, seconds=0.001)
+    samples = clock.measure({key: repeated(loop.program) for key, loop in loops.items()})
+    samples = Samples({key: list(samples.seconds[key] / loops[key].steps) for key in loops})
+
+    found.add_table("Time per step", samples, LABELS, NOTHING)
+    found.add_goal(
+        "get and set in a scan to two calls that do nothing", 1.4, samples, "storax", NOTHING
+    )
+    for key in ("io_callback", "io_callback-1"):
+        found.add_goal(
+            f"{LABELS[key]}, to get and set in a scan",
+            300,
+            samples,
+            key,
+            "storax",
+            at_least=True,
+            baseline=NOTHING,
+        )
+    found.add_goal(
+        "storax.jit in a scan to a carry", 1.05, samples, "storax.jit", CARRY, baseline=NOTHING
+    )
+    return found
+
+
+def _check(key: str, loop: Loop) -> None:
+    before = loop.counted() if loop.counted else 0
+    for _ in range(2):
+        if int(loop.program()) != loop.steps:
+            raise AssertionError(f"{LABELS[key]}: not {loop.steps} steps")
+    if loop.counted and loop.counted() - before != 2 * loop.steps:
+        raise AssertionError(f"{LABELS[key]}: counted {loop.counted() - before} steps")
+
+
+@contextlib.contextmanager
+def _left_out_if_missing(found: Findings, key: str):
+    try:
+        yield
+    except (ImportError, AttributeError) as e:
+        print(f"Left out: {LABELS[key]} ({e})", flush=True)
+        found.notes.append(f"Left out: {LABELS[key]}.")

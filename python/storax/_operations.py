@@ -1,0 +1,209 @@
+"""get_state and set_state."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.tree_util as jtu
+
+from . import _core, _jax, _store
+from ._index import NOTHING_HELD, StateIndex
+from ._primitives import frozen_p, get_p, set_p
+from ._slot import Slot, Structure, from_stored, structure_at, structure_of, to_stored
+
+__all__ = ["get_state", "set_state"]
+
+T = TypeVar("T")
+
+_TRACED_INDEX = (
+    "This StateIndex was passed as an argument to plain `jax.jit` (or `jax.vmap`, `jax.grad`, ...), "
+    "which has turned its `inference` flag into a tracer. Use `equinox.filter_jit` (or "
+    "`equinox.filter_vmap`, ...) or `storax.jit`, or close over the index instead of passing it."
+)
+
+
+def _check_index(index: Any, op: str) -> None:
+    if not isinstance(index, StateIndex):
+        raise TypeError(
+            f"storax.{op}: the first argument must be a storax.StateIndex, not "
+            f"{type(index).__module__}.{type(index).__qualname__}."
+        )
+    if not isinstance(index.inference, bool):
+        if isinstance(index.inference, (_jax.Tracer, jax.Array)):
+            raise TypeError(f"storax.{op} of {index._slot.core.name}: {_TRACED_INDEX}")
+        raise TypeError(
+            f"storax.{op} of {index._slot.core.name}: its `inference` flag has been replaced by "
+            f"{index.inference!r}, as `equinox.partition` and the like do. Put the index together "
+            "again, with `equinox.combine`, before using it."
+        )
+
+
+def _flatten_arrays(tree: Any, what: str, op: str, slot: Slot) -> tuple[list[Any], Any, Any]:
+    """Leaves as the store keeps them, the structure, and the abstract values."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    for leaf in leaves:
+        if not isinstance(leaf, jax.Array):
+            _raise_not_array(tree, what, op, slot)
+    if _jax.no_trace():
+        _store.check_no_tracers(leaves, op, slot.core)
+    structure = structure_of(treedef, leaves)
+    if structure.widened:
+        leaves = [to_stored(x, k) for x, k in zip(leaves, structure.kinds, strict=True)]
+    return leaves, treedef, structure
+
+
+def _raise_not_array(tree: Any, what: str, op: str, slot: Slot) -> None:
+    for path, leaf in jtu.tree_leaves_with_path(tree):
+        if not isinstance(leaf, jax.Array):
+            raise TypeError(
+                f"storax.{op} of {slot.core.name}: `{what}` must be a PyTree of JAX arrays, but "
+                f"`{what}{jtu.keystr(path)}` is {leaf!r} of type {type(leaf).__qualname__}. Wrap it "
+                "in `jnp.asarray`."
+            )
+
+
+def get_state(index: StateIndex, like: T) -> T:
+    """Loads the state that was last saved at `index`.
+
+    It may be called anywhere: outside or inside of `jax.jit`, of `jax.lax.scan`, of `jax.vmap`, and
+    so on. Under `jax.grad` the state is a constant.
+
+    **Arguments:**
+
+    - `index`: where to load from.
+    - `like`: a PyTree of JAX arrays with the structure, shapes, dtypes and batch axes of the state;
+      their values are not used.
+
+    **Returns:** the state, of the same structure, shapes and dtypes as `like`.
+
+    **Raises:**
+
+    - `TypeError`, at trace time, if `like` is not a PyTree of JAX arrays.
+    - `RuntimeError`, when the operation runs, if `like` differs from the state in structure, shape,
+      dtype or batch axes, or if nothing has been saved yet.
+    """
+    _check_index(index, "get_state")
+    slot = index._slot
+    leaves, treedef, structure = _flatten_arrays(like, "like", "get_state", slot)
+    held = index._held if index.inference else None
+    if index.inference:
+        index._look_up()
+        held = index._held
+        if (held is None and not slot.core.type) or held is NOTHING_HELD:
+            raise RuntimeError(
+                f"storax.get_state of {slot.core.name}, frozen by `inference=True`: nothing has been "
+                "set. Set it first, through a copy with `inference=False`."
+            )
+    if held is not None:
+        out = _get_frozen(index, leaves, structure)
+    elif _jax.no_trace() and index._rows is None:
+        out = _get_now(slot, leaves, structure)
+    else:
+        row, params = _parameters(index, structure, "get_state")
+        out = get_p.bind(*row, *leaves, **params)
+    if structure.widened:
+        out = [from_stored(x, k) for x, k in zip(out, structure.kinds, strict=True)]
+    return jtu.tree_unflatten(treedef, out)
+
+
+def _parameters(index: StateIndex, structure: Structure, op: str) -> tuple[list[Any], dict]:
+    """The row, if the operation is on one, and the parameters of a primitive."""
+    mesh = _jax.manual_mesh_axes()
+    params = {
+        "slot": index._slot.id,
+        "structure": structure.number,
+        "levels": (),
+        "mesh": mesh,
+        "rows": None,
+    }
+    if index._rows is None:
+        return [], params
+    row, name = index._row, index._slot.core.name
+    if not isinstance(row, jax.Array):
+        raise TypeError(
+            f"storax.{op} of {name}: the row of a stacked layer has been replaced by {row!r}. "
+            "Put the layer together again, with `equinox.combine`, before using it."
+        )
+    if row.ndim > 0:
+        return [], params  # all layers at once: their state is one ordinary state
+    if mesh:
+        raise NotImplementedError(
+            f"storax.{op} of {name}: stacked layers inside of `shard_map` or `pmap` are not "
+            "supported. Use separate layers there."
+        )
+    params["rows"] = index._rows
+    return [row], params
+
+
+def _get_now(slot: Slot, like: list[Any], structure: Structure) -> list[Any]:
+    """What the primitive would do, by a shorter way."""
+    plan = slot.plan
+    key = (structure, *[x.shape for x in like])
+    if plan is None or plan[0] != key:
+        type_id = structure.type_id(key[1:], (), ())
+        avals = [jax.typeof(x) for x in like]
+        plan = (key, _store.plan_get(slot.core, type_id, structure.kinds, avals))
+        if slot.core.accepts(type_id):  # what it holds, and where, is then settled
+            slot.plan = plan
+    return _store.run_get(slot.core, plan[1])
+
+
+def _get_frozen(index: StateIndex, like: list[Any], structure: Any) -> list[Any]:
+    held = index._held
+    assert held is not None
+    name = index._slot.core.name
+    # The arrays' own dtypes: a PyTree operation may have cast them.
+    kept = structure_of(structure_at(held.structure).treedef, list(index._leaves))
+    if kept is not structure:
+        stored = tuple(
+            (*x.shape, *k.trailing) for x, k in zip(index._leaves, kept.kinds, strict=True)
+        )
+        raise RuntimeError(
+            f"storax.get_state of {name}, frozen by `inference=True`: it holds "
+            f"{_core.type_text(kept.type_id(stored, held.levels, ()))}, but `like` is "
+            f"{_core.type_text(structure.type_id(tuple(x.shape for x in like), (), ()))}. Get and "
+            "set must agree in dtype, shape, PyTree structure and batch axes."
+        )
+    state = [jax.lax.stop_gradient(x) for x in index._leaves]
+    if structure.widened:
+        state = [to_stored(x, k) for x, k in zip(state, structure.kinds, strict=True)]
+    return frozen_p.bind(
+        *state, *like, structure=structure.number, levels=(), held_levels=held.levels, name=name
+    )
+
+
+def set_state(index: StateIndex, state: Any) -> None:
+    """Saves `state` at `index`.
+
+    It may be called anywhere: outside or inside of `jax.jit`, of `jax.lax.scan`, of `jax.vmap`, and
+    so on. Operations on state run in program order, each exactly once.
+
+    **Arguments:**
+
+    - `index`: where to save to.
+    - `state`: a PyTree of JAX arrays. The first call fixes its structure, shapes, dtypes and batch
+      axes.
+
+    **Returns:** `None`.
+
+    **Raises:**
+
+    - `TypeError`, at trace time, if `state` is not a PyTree of JAX arrays.
+    - `RuntimeError`, at trace time, if `index.inference` is true.
+    - `RuntimeError`, when the operation runs, if `state` differs from what this index held before in
+      structure, shape, dtype or batch axes. Nothing is saved then.
+    - `NotImplementedError`, at trace time, if `state` depends on what is being differentiated. Use
+      `jax.lax.stop_gradient`.
+    """
+    _check_index(index, "set_state")
+    slot = index._slot
+    if index.inference:
+        raise RuntimeError(
+            f"storax.set_state of {slot.core.name}: its `inference` flag is true, so it can only be "
+            "read. `equinox.nn.inference_mode(model, value=False)` makes a copy that can be set."
+        )
+    leaves, _, structure = _flatten_arrays(state, "state", "set_state", slot)
+    if _jax.no_trace() and index._rows is None:
+        _store.set(slot.core, structure, leaves, (), ())
+        return
+    row, params = _parameters(index, structure, "set_state")
+    set_p.bind(*row, *leaves, **params)

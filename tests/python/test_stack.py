@@ -1,0 +1,274 @@
+"""Stacked layers: four layers scanned over are what four separate layers are."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import storax
+
+N = 4
+KEYS = jax.random.split(jax.random.key(0), N)
+
+
+class Layer(eqx.Module):
+    """A weight; a running mean, as BatchNorm has; and a count that every layer starts the same."""
+
+    weight: jax.Array
+    mean: storax.StateIndex
+    count: storax.StateIndex
+
+    def __init__(self, key):
+        self.weight = jax.random.normal(key, (3, 3))
+        self.mean = storax.StateIndex()
+        self.count = storax.StateIndex(name="count")
+        storax.set_state(self.mean, self.weight[0])  # differs from layer to layer
+        storax.set_state(self.count, jnp.int32(0))  # does not
+
+    def __call__(self, x):
+        mean = storax.get_state(self.mean, jnp.zeros(3))
+        y = jnp.tanh(self.weight @ x + mean)
+        if not self.mean.inference:
+            storax.set_state(self.mean, 0.9 * mean + 0.1 * lax.stop_gradient(y))
+            count = storax.get_state(self.count, jnp.int32(0))
+            storax.set_state(self.count, count + 1)
+        return y
+
+
+def scan(layers, x):
+    arrays, static = eqx.partition(layers, eqx.is_array)
+    return lax.scan(lambda x, a: (eqx.combine(a, static)(x), None), x, arrays)[0]
+
+
+def loop(layers, x):
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def both():
+    return storax.stack(Layer)(KEYS), [Layer(k) for k in KEYS]
+
+
+def states(separate):
+    means = jnp.stack([storax.get_state(la.mean, jnp.zeros(3)) for la in separate])
+    counts = jnp.stack([storax.get_state(la.count, jnp.int32(0)) for la in separate])
+    return means, counts
+
+
+def stacked_states(stacked):
+    means = storax.get_state(stacked.mean, jnp.zeros((N, 3)))
+    return means, storax.get_state(stacked.count, jnp.zeros(N, jnp.int32))
+
+
+def check(stacked, separate):
+    for a, b in zip(stacked_states(stacked), states(separate), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+X = jnp.array([1.0, -2.0, 0.5])
+
+
+def test_construction():
+    stacked, separate = both()
+    check(stacked, separate)
+    assert stacked.weight.shape == (N, 3, 3)
+
+
+@pytest.mark.parametrize("jit", [eqx.filter_jit, lambda f: f], ids=["jit", "eager"])
+def test_forward(jit):
+    stacked, separate = both()
+    run = jit(scan)
+    for _ in range(3):
+        np.testing.assert_allclose(run(stacked, X), loop(separate, X), rtol=1e-5)
+        check(stacked, separate)
+    assert (stacked_states(stacked)[1] == 3).all()
+
+
+def test_one_layer_at_a_time():
+    stacked, separate = both()
+    for k in (2, 0):
+        one = jax.tree.map(lambda x, k=k: x[k] if eqx.is_array(x) else x, stacked)
+        np.testing.assert_allclose(one(X), separate[k](X), rtol=1e-5)
+        check(stacked, separate)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_backward(checkpoint):
+    stacked, separate = both()
+    wrap = eqx.filter_checkpoint if checkpoint else lambda f: f
+
+    def scan_loss(layers):
+        arrays, static = eqx.partition(layers, eqx.is_array)
+        step = wrap(lambda x, a: eqx.combine(a, static)(x))
+        return lax.scan(lambda x, a: (step(x, a), None), X, arrays)[0].sum()
+
+    got = eqx.filter_jit(eqx.filter_grad(scan_loss))(stacked)
+    want = eqx.filter_grad(lambda layers: loop(layers, X).sum())(separate)
+    np.testing.assert_allclose(
+        got.weight, jnp.stack([w.weight for w in want]), rtol=1e-4, atol=1e-6
+    )
+    check(stacked, separate)
+    assert (stacked_states(stacked)[1] == 1).all()
+
+
+def test_frozen():
+    stacked, separate = both()
+    scan(stacked, X), loop(separate, X)
+    frozen = eqx.nn.inference_mode(stacked)
+    run = eqx.filter_jit(scan)
+    want = loop(eqx.nn.inference_mode(separate), X)
+    np.testing.assert_allclose(run(frozen, X), want, rtol=1e-5)
+    np.testing.assert_allclose(scan(frozen, X), want, rtol=1e-5)
+    assert "custom_call" not in run.lower(frozen, X).as_text()
+    scan(stacked, X), loop(separate, X)  # seen by the next call
+    want = loop(eqx.nn.inference_mode(separate), X)
+    np.testing.assert_allclose(run(frozen, X), want, rtol=1e-5)
+    one = jax.tree.map(lambda x: x[1] if eqx.is_array(x) else x, frozen)
+    np.testing.assert_allclose(one(X), eqx.nn.inference_mode(separate)[1](X), rtol=1e-5)
+
+
+def test_vmap_over_the_layers():
+    stacked, separate = both()
+    call = lambda layers, x: eqx.filter_vmap(lambda la, x: la(x), in_axes=(eqx.if_array(0), None))(
+        layers, x
+    )
+    for f in (call, eqx.filter_jit(call)):
+        got = f(stacked, X)
+        np.testing.assert_allclose(got, jnp.stack([la(X) for la in separate]), rtol=1e-5)
+        check(stacked, separate)
+    frozen = eqx.nn.inference_mode(stacked)
+    want = jnp.stack([la(X) for la in eqx.nn.inference_mode(separate)])
+    np.testing.assert_allclose(eqx.filter_jit(call)(frozen, X), want, rtol=1e-5)
+
+
+def test_vmap_over_the_layers_masked():
+    stacked, _ = both()
+    before = storax.get_state(stacked.count, jnp.zeros(N, jnp.int32))
+    take = jnp.array([True, False, True, False])
+
+    def bump(layer, take):
+        def yes():
+            n = storax.get_state(layer.count, jnp.int32(0) * take)
+            storax.set_state(layer.count, n + 1)
+
+        lax.cond(take, yes, lambda: None)
+
+    eqx.filter_jit(eqx.filter_vmap(bump))(stacked, take)
+    after = storax.get_state(stacked.count, jnp.zeros(N, jnp.int32))
+    np.testing.assert_array_equal(after - before, take.astype(jnp.int32))
+
+
+def test_batched_states_in_a_scan_over_layers():
+    """Lanes of a vmap inside of the scan have states of their own, in each layer."""
+    keys = KEYS
+
+    def make(key):
+        index = storax.StateIndex()
+        storax.set_state(index, jnp.zeros(2) + jax.random.uniform(key))
+        return index
+
+    stacked = storax.stack(make)(keys)
+    whole = lambda: storax.get_state(stacked, jnp.zeros((N, 2)))
+    before = whole()
+    arrays, static = eqx.partition(stacked, eqx.is_array)
+
+    @jax.jit
+    def run(x):
+        def step(x, a):
+            index = eqx.combine(a, static)
+            s = storax.get_state(index, x)
+            storax.set_state(index, s + x)
+            return x * 2, None
+
+        return lax.scan(step, x, arrays)[0]
+
+    run(jnp.array([1.0, 10.0]))
+    scale = 2.0 ** jnp.arange(N)[:, None]
+    np.testing.assert_allclose(whole(), before + scale * jnp.array([1.0, 10.0]), rtol=1e-6)
+
+
+def test_masked_by_an_unbatched_row():
+    stacked, _ = both()
+    arrays, static = eqx.partition(stacked, eqx.is_array)
+    xs = jnp.array([1.0, -1.0, 2.0])
+    mean = storax.StateIndex()
+    del mean
+
+    def f(x):
+        def step(c, a):
+            layer = eqx.combine(a, static)
+
+            def yes():
+                n = storax.get_state(layer.count, jnp.int32(0))
+                storax.set_state(layer.count, n + 1)
+
+            lax.cond(c > 0, yes, lambda: None)
+            return c, None
+
+        return lax.scan(step, x, arrays)[0]
+
+    jax.jit(jax.vmap(f))(xs)
+    assert (storax.get_state(stacked.count, jnp.zeros(N, jnp.int32)) == 1).all()
+
+
+def test_batch_norm_and_spectral_norm():
+    class Block(eqx.Module):
+        linear: storax.SpectralNorm
+        norm: storax.BatchNorm
+
+        def __init__(self, key):
+            a, b = jax.random.split(key)
+            linear = eqx.nn.Linear(3, 3, key=a)
+            self.linear = storax.SpectralNorm(linear, "weight", key=b)
+            self.norm = storax.BatchNorm(3, "batch", mode="batch")
+
+        def __call__(self, x):
+            return self.norm(jnp.tanh(self.linear(x)))
+
+    xs = jax.random.normal(jax.random.key(1), (8, 3))
+    stacked, separate = storax.stack(Block)(KEYS), [Block(k) for k in KEYS]
+    batched = lambda f: lambda layers: jax.vmap(lambda x: f(layers, x), axis_name="batch")(xs)
+    for _ in range(2):
+        got = eqx.filter_jit(batched(scan))(stacked)
+        np.testing.assert_allclose(got, batched(loop)(separate), rtol=1e-3, atol=1e-4)
+    got = eqx.filter_jit(batched(scan))(eqx.nn.inference_mode(stacked))
+    want = batched(loop)(eqx.nn.inference_mode(separate))
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_shared_index_stays_shared():
+    def make(key):
+        index = storax.StateIndex()
+        storax.set_state(index, jax.random.uniform(key))
+        return index, index
+
+    a, b = storax.stack(make)(KEYS)
+    assert a._slot is b._slot
+
+
+def test_errors():
+    with pytest.raises(RuntimeError, match=r"storax.stack must be called outside"):
+        jax.jit(lambda: storax.stack(Layer)(KEYS).weight)()
+
+    unset = storax.stack(lambda key: (storax.StateIndex(name="unset"), key))(KEYS)[0]
+    arrays, static = eqx.partition(unset, eqx.is_array)
+    f = jax.jit(
+        lambda: lax.scan(
+            lambda c, a: (c, storax.set_state(eqx.combine(a, static), jnp.zeros(2))), 0, arrays
+        )
+    )
+    with pytest.raises(RuntimeError, match=r"'unset'.*first set.*rows"):
+        jax.block_until_ready(f())
+        storax.barrier()
+
+    stacked, _ = both()
+    one = jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, stacked)
+    with pytest.raises(RuntimeError, match=r"'count'.*i32\[4\].*i32\[4,7\]"):
+        jax.block_until_ready(
+            jax.jit(lambda: storax.get_state(one.count, jnp.zeros(7, jnp.int32)))()
+        )
+    with pytest.raises(TypeError, match=r"'count'.*row.*equinox.combine"):
+        storax.get_state(eqx.filter(stacked, lambda x: isinstance(x, bool)).count, jnp.int32(0))

@@ -1,6 +1,5 @@
 """A get and a set in each step of a scan: what an operation on state costs inside of a program."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contenders import why_missing
 from jax import lax
 from report import Findings
 from timing import AGAIN, Clock, Samples, repeated
@@ -60,7 +60,10 @@ class Loop:
 
 
 def _loop(
-    body: Callable[[jax.Array], jax.Array], steps: int, counted: Callable[[], int] | None, jit=jax.jit
+    body: Callable[[jax.Array], jax.Array],
+    steps: int,
+    counted: Callable[[], int] | None,
+    jit=jax.jit,
 ) -> Loop:
     program = jit(
         lambda start: lax.scan(lambda i, _: (body(i), None), start, None, length=steps)[0]
@@ -94,10 +97,6 @@ def _storax(steps: int, jit=jax.jit) -> Loop:
         return i + 1
 
     return _loop(body, steps, lambda: int(storax.get_state(index, like=jnp.array(0))), jit)
-
-
-def _storax_jit(steps: int) -> Loop:
-    return _storax(steps, storax.jit)
 
 
 def _ref(steps: int) -> Loop:
@@ -149,42 +148,34 @@ def measure(quick: bool, large: bool) -> Findings:
         f"Time per step of a scan of {steps:,} steps that counts its steps in a state of i32[] "
         f"({callbacks} steps where each calls back to Python).",
     )
-    loops: dict[str, Loop] = {}
-    for key, make in (
-        (NOTHING, lambda: _nothing(steps)),
-        (AGAIN, lambda: _nothing(steps)),
-        ("storax", lambda: _storax(steps)),
-        ("storax.jit", lambda: _storax_jit(steps)),
-        (CARRY, lambda: _carry(steps)),
-        ("ref", lambda: _ref(steps)),
-        ("io_callback", lambda: _io_callback(callbacks)),
-        ("io_callback-1", lambda: _io_callback(callbacks, one_for_both=True)),
-    ):
-        with _left_out_if_missing(found, key):
-            loops[key] = make()
+    loops = {
+        NOTHING: _nothing(steps),
+        AGAIN: _nothing(steps),
+        "storax": _storax(steps),
+        CARRY: _carry(steps),
+        "ref": _ref(steps),
+        "io_callback": _io_callback(callbacks),
+        "io_callback-1": _io_callback(callbacks, one_for_both=True),
+    }
+    if why := why_missing("storax:jit"):
+        found.leave_out(LABELS["storax.jit"], why)
+    else:
+        loops["storax.jit"] = _storax(steps, storax.jit)
     for key, loop in loops.items():
         _check(key, loop)
     clock = Clock(rounds=10 if quick else 60, seconds=0.001)
     samples = clock.measure({key: repeated(loop.program) for key, loop in loops.items()})
-    samples = Samples({key: list(samples.seconds[key] / loops[key].steps) for key in loops})
+    samples = Samples({key: samples.seconds[key] / loops[key].steps for key in loops})
 
     found.add_table("Time per step", samples, LABELS, NOTHING)
-    found.add_goal(
-        "get and set in a scan to two calls that do nothing", 1.4, samples, "storax", NOTHING
-    )
+    pair = "get and set in a scan"
+    found.add_goal(f"{pair} to {LABELS[NOTHING]}", 1.4, samples, "storax", NOTHING)
     for key in ("io_callback", "io_callback-1"):
-        found.add_goal(
-            f"{LABELS[key]}, to get and set in a scan",
-            300,
-            samples,
-            key,
-            "storax",
-            at_least=True,
-            baseline=NOTHING,
-        )
-    found.add_goal(
-        "storax.jit in a scan to a carry", 1.05, samples, "storax.jit", CARRY, baseline=NOTHING
-    )
+        text = f"{LABELS[key]}, to {pair}"
+        found.add_goal(text, 300, samples, key, "storax", at_least=True, baseline=NOTHING)
+    if "storax.jit" in loops:
+        text = f"{pair}, storax.jit, to a carry"
+        found.add_goal(text, 1.05, samples, "storax.jit", CARRY, baseline=NOTHING)
     return found
 
 
@@ -195,12 +186,3 @@ def _check(key: str, loop: Loop) -> None:
             raise AssertionError(f"{LABELS[key]}: not {loop.steps} steps")
     if loop.counted and loop.counted() - before != 2 * loop.steps:
         raise AssertionError(f"{LABELS[key]}: counted {loop.counted() - before} steps")
-
-
-@contextlib.contextmanager
-def _left_out_if_missing(found: Findings, key: str):
-    try:
-        yield
-    except (ImportError, AttributeError) as e:
-        print(f"Left out: {LABELS[key]} ({e})", flush=True)
-        found.notes.append(f"Left out: {LABELS[key]}.")

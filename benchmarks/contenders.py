@@ -2,12 +2,10 @@
 
 Each contender makes N slots of zeros. A call adds its argument to each of them, and returns the sum of
 the first: one input, one output, and one read-modify-write per slot.
-
-A contender that storax, or an installed version of a peer, does not have yet raises ImportError or
-AttributeError when it is made, and is left out.
 """
 
 import functools
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 
 import storax
 
-__all__ = ["CONTENDERS", "HAND", "SHAPE", "Contender", "Slots"]
+__all__ = ["CONTENDERS", "HAND", "SHAPE", "Contender", "Slots", "why_missing"]
 
 SHAPE = (128,)
 HAND = "hand"
@@ -40,18 +38,29 @@ class Contender:
     key: str
     label: str
     make: Callable[[int], Slots]
+    needs: str | None  # as `module:name`
     many: bool  # whether to try it with 1,000 slots
 
 
 CONTENDERS: list[Contender] = []
 
 
-def contender(key: str, label: str, *, many: bool = False):
+def contender(key: str, label: str, *, needs: str | None = None, many: bool = False):
     def register(make: Callable[[int], Slots]) -> Callable[[int], Slots]:
-        CONTENDERS.append(Contender(key, label, make, many))
+        CONTENDERS.append(Contender(key, label, make, needs, many))
         return make
 
     return register
+
+
+def why_missing(needs: str | None) -> str | None:
+    """Why a contender must be left out: a peer, or the part of it that is needed, isn't there."""
+    try:
+        if needs is not None:
+            pkgutil.resolve_name(needs)
+    except (ImportError, AttributeError) as e:
+        return str(e)
+    return None
 
 
 def zeros(n: int) -> list[jax.Array]:
@@ -93,7 +102,9 @@ def with_storax(jit: Callable[[Step], Step], n: int) -> Slots:
             storax.set_state(index, value)
         return new[0].sum()
 
-    return Slots(step, lambda: [storax.get_state(index, like=jnp.zeros(SHAPE)) for index in indices])
+    return Slots(
+        step, lambda: [storax.get_state(index, like=jnp.zeros(SHAPE)) for index in indices]
+    )
 
 
 @contender("storax", "storax, jax.jit", many=True)
@@ -101,7 +112,7 @@ def storax_jax_jit(n: int) -> Slots:
     return with_storax(jax.jit, n)
 
 
-@contender("storax.jit", "storax, storax.jit", many=True)
+@contender("storax.jit", "storax, storax.jit", needs="storax:jit", many=True)
 def storax_jit(n: int) -> Slots:
     return with_storax(storax.jit, n)
 
@@ -109,7 +120,7 @@ def storax_jit(n: int) -> Slots:
 # --- JAX ------------------------------------------------------------------------------------------
 
 
-@contender("ref", "jax.Ref, closed over")
+@contender("ref", "jax.Ref, closed over", needs="jax:new_ref")
 def ref_closed_over(n: int) -> Slots:
     refs = [jax.new_ref(z) for z in zeros(n)]
 
@@ -122,7 +133,7 @@ def ref_closed_over(n: int) -> Slots:
     return Slots(step, lambda: [ref[...] for ref in refs])
 
 
-@contender("ref-passed", "jax.Ref, passed")
+@contender("ref-passed", "jax.Ref, passed", needs="jax:new_ref")
 def ref_passed(n: int) -> Slots:
     refs = [jax.new_ref(z) for z in zeros(n)]
 
@@ -192,9 +203,7 @@ def with_equinox(jit: Callable[..., Any], n: int) -> Slots:
 @contender("eqx", "eqx.nn.State, eqx.filter_jit")
 def equinox_filter_jit(n: int) -> Slots:
     def jit(model):
-        program = eqx.filter_jit(
-            lambda x, model, state: model(x, state), donate="all-except-first"
-        )
+        program = eqx.filter_jit(lambda x, model, state: model(x, state), donate="all-except-first")
         return lambda x, state: program(x, model, state)
 
     return with_equinox(jit, n)
@@ -221,22 +230,20 @@ def with_nnx(jit: Callable[..., Any], n: int) -> Slots:
         return model.variables[0][...].sum()
 
     model = Model()
-    return Slots(
-        jit(nnx, program, model), lambda: [variable[...] for variable in model.variables]
-    )
+    return Slots(jit(nnx, program, model), lambda: [variable[...] for variable in model.variables])
 
 
-@contender("nnx", "flax, nnx.jit")
+@contender("nnx", "flax, nnx.jit", needs="flax.nnx:jit")
 def nnx_jit(n: int) -> Slots:
     return with_nnx(lambda nnx, f, model: functools.partial(nnx.jit(f), model), n)
 
 
-@contender("nnx-tree", "flax, nnx.jit(graph=False)")
+@contender("nnx-tree", "flax, nnx.jit(graph=False)", needs="flax.nnx:jit")
 def nnx_jit_of_trees(n: int) -> Slots:
     return with_nnx(lambda nnx, f, model: functools.partial(nnx.jit(f, graph=False), model), n)
 
 
-@contender("nnx-cached", "flax, nnx.cached_partial")
+@contender("nnx-cached", "flax, nnx.cached_partial", needs="flax.nnx:cached_partial")
 def nnx_cached_partial(n: int) -> Slots:
     def jit(nnx, f, model):
         program = nnx.jit(f, graph=True, graph_updates=True)
@@ -245,6 +252,6 @@ def nnx_cached_partial(n: int) -> Slots:
     return with_nnx(jit, n)
 
 
-@contender("nnx-partial", "flax, nnx.jit_partial")
+@contender("nnx-partial", "flax, nnx.jit_partial", needs="flax.nnx:jit_partial")
 def nnx_jit_partial(n: int) -> Slots:
     return with_nnx(lambda nnx, f, model: nnx.jit_partial(f, model, graph=False), n)

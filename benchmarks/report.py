@@ -62,6 +62,10 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
+    def leave_out(self, contender: str, why: str) -> None:
+        print(f"Left out: {contender}: {why}.", flush=True)
+        self.notes.append(f"Left out: {contender}: {why}.")
+
     def add_table(
         self,
         title: str,
@@ -94,10 +98,9 @@ class Findings:
         at_least: bool = False,
         baseline: str | None = None,
     ) -> None:
-        """A bound on the ratio of two contenders, if both were measured."""
-        if name in samples.seconds and to in samples.seconds:
-            again = samples.ratio(AGAIN, baseline or to)
-            self.goals.append(Goal(text, limit, samples.ratio(name, to), at_least, again=again))
+        """A bound on the ratio of two contenders. The twin is that of `baseline`, or of `to`."""
+        again = samples.ratio(AGAIN, baseline or to)
+        self.goals.append(Goal(text, limit, samples.ratio(name, to), at_least, again=again))
 
     def as_markdown(self) -> str:
         parts = [f"## {self.title}", self.about]

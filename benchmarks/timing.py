@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ class Spread:
 class Samples:
     """Seconds per call, of each contender in each round."""
 
-    def __init__(self, seconds: Mapping[str, list[float]]):
+    def __init__(self, seconds: Mapping[str, Any]):
         self.seconds = {name: np.asarray(values) for name, values in seconds.items()}
 
     def time(self, name: str) -> Spread:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _jax
+from . import _jax, _unknown_jax
 from ._primitives import get_p, set_masked_p
 
 __all__ = ["install"]
@@ -365,6 +365,7 @@ def _wrap_cond(original):
     def rule(axis_data, args, dims, **params):
         if not _jax.has_state(*params["branches"]):
             return original(axis_data, args, dims, **params)
+        _unknown_jax.require("vmap of control flow")
         if dims[0] is None or "branches_platforms" in params:
             return original(_jax.as_moved(axis_data), args, dims, **params)
         return _batch_masked_cond(axis_data, [None, *args], [None, *dims], params=params)
@@ -376,6 +377,7 @@ def _wrap_while(original):
     def rule(axis_data, args, dims, **params):
         if not _jax.has_state(params["cond_jaxpr"], params["body_jaxpr"]):
             return original(axis_data, args, dims, **params)
+        _unknown_jax.require("vmap of control flow")
         out = _batch_masked_while(axis_data, [None, *args], [None, *dims], params=params)
         if out is None:
             return original(_jax.as_moved(axis_data), args, dims, **params)

@@ -7,6 +7,7 @@ which JAX version it has this form; where none is given, it is the same in all v
 import contextlib
 import dataclasses
 import functools
+import importlib
 import threading
 import types
 from collections.abc import Callable, Sequence
@@ -17,20 +18,40 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import ad_checkpoint as _ad_checkpoint
-from jax._src import config as _config
-from jax._src import core as _core
-from jax._src import dtypes as _dtypes
-from jax._src import effects as _effects
-from jax._src import pjit as _pjit
-from jax._src import source_info_util as _source_info
-from jax._src.interpreters import ad as _ad
-from jax._src.interpreters import batching as _batching
-from jax._src.interpreters import mlir as _mlir
-from jax._src.interpreters import partial_eval as _pe
-from jax._src.interpreters import pxla as _pxla
-from jax._src.lax.control_flow import loops as _loops
-from jax._src.lib import xla_client as _xla_client
+
+
+class _Missing:
+    """Stands for a module that this JAX does not have; using it says so."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        raise AttributeError(f"JAX {jax.__version__} has no {self._name}")
+
+
+def _private(name: str) -> Any:
+    # On a JAX that has moved a module storax must still import: what can't be used is refused later.
+    try:
+        return importlib.import_module(f"jax._src.{name}")
+    except ImportError:
+        return _Missing(f"jax._src.{name}")
+
+
+_ad_checkpoint = _private("ad_checkpoint")  # remat_p
+_config = _private("config")  # whether shard_map checks varying axes
+_core = _private("core")  # abstract values, the current trace
+_dtypes = _private("dtypes")  # short names
+_effects = _private("effects")  # the registries of effects
+_pjit = _private("pjit")  # when a call may take the C++ path
+_source_info = _private("source_info_util")  # equations that we stage ourselves
+_ad = _private("interpreters.ad")
+_batching = _private("interpreters.batching")  # fancy_primitive_batchers, AxisData
+_mlir = _private("interpreters.mlir")  # tokens
+_pe = _private("interpreters.partial_eval")
+_pxla = _private("interpreters.pxla")  # what the dispatcher thinks of effects
+_loops = _private("lax.control_flow.loops")  # _scan_known_hoisting
+_lib = _private("lib")  # xla_client.batched_device_put
 
 TESTED = ((0, 10), (0, 11), (0, 12))
 VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
@@ -496,14 +517,32 @@ def _keep_calls() -> None:
     _pxla.UnloadedMeshExecutable.from_hlo = staticmethod(from_hlo_with_state)
 
 
+# What of ours each patch makes right, for a JAX on which it fails to apply.
+_PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
+    ("jit", _register_effect),
+    ("jit", _keep_token_in_module),
+    ("grad", _keep_state_in_scan),
+    ("jit", _delay_fast_path),
+    ("jit", _keep_calls),
+)
+
+
 @functools.cache
-def install_patches() -> None:
-    """Teaches JAX about state, once. Programs without state take JAX's own code throughout."""
-    _register_effect()
-    _keep_token_in_module()
-    _keep_state_in_scan()
-    _delay_fast_path()
-    _keep_calls()
+def install_patches() -> dict[str, str]:
+    """Teaches JAX about state, once. Programs without state take JAX's own code throughout.
+
+    Returns what could not be done, and why: {"grad": "JAX 9.9 has no ..."}. On the versions in
+    TESTED that is nothing.
+    """
+    failed = {}
+    for feature, patch in _PATCHES:
+        try:
+            patch()
+        except Exception as e:
+            if VERSION in TESTED:
+                raise
+            failed[feature] = f"{type(e).__name__}: {e}"
+    return failed
 
 
 # --- Running things now ---------------------------------------------------------------------------
@@ -549,7 +588,7 @@ def array_from_host(
     buffer: np.ndarray, aval: Any, sharding: Any, device: Any, committed: bool
 ) -> jax.Array:
     """An array of these bytes, which nobody writes any more, on one device; no copy if XLA can do so."""
-    return _xla_client.batched_device_put(aval, sharding, [buffer], [device], committed)
+    return _lib.xla_client.batched_device_put(aval, sharding, [buffer], [device], committed)
 
 
 def is_committed(device: Any) -> bool:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _core, _jax, _store
+from . import _core, _jax, _store, _unknown_jax
 from ._slot import structure_at
 
 __all__ = ["frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
@@ -308,6 +308,7 @@ _jax.define_batching(frozen_p, _batch_frozen)
 
 def _jvp_of_get(primitive):
     def rule(primals, tangents, **params):
+        _unknown_jax.require("grad")
         out = primitive.bind(*primals, **params)
         return out, [_jax.zero_tangent(x) for x in out]
 
@@ -316,6 +317,7 @@ def _jvp_of_get(primitive):
 
 def _jvp_of_set(primitive):
     def rule(primals, tangents, *, slot, **params):
+        _unknown_jax.require("grad")
         if any(type(t) is not _jax.Zero and t.dtype != jax.dtypes.float0 for t in tangents):
             name = _core.share_slot(slot).name
             raise NotImplementedError(
@@ -364,6 +366,7 @@ def _state_attribute(slot, type_id):
 
 def _lower(ctx, op, target, slot_id, type_id, operands, avals_in):
     slot = _core.share_slot(slot_id)
+    _unknown_jax.require("jit")
     _refuse(ctx, slot, op)
     _store.register_handlers()
     _jax.keep_alive(ctx, _store.Operation(slot, type_id))

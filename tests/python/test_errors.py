@@ -216,9 +216,12 @@ def test_a_failed_program_keeps_its_earlier_sets(index):
         storax.get_state(other, jnp.float32(0))
         storax.set_state(index, jnp.float32(2))
 
-    with pytest.raises(RuntimeError, match="'other'"):
+    def run():
         jax.block_until_ready(f())
         storax.barrier()
+
+    with pytest.raises(RuntimeError, match="'other'"):
+        run()
     assert storax.get_state(index, jnp.float32(0)) == 1
 
 

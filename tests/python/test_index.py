@@ -134,7 +134,8 @@ def test_it_is_not_hashable(index):
 def test_equality_is_tree_equality(index):
     other = storax.StateIndex()
     copy = jax.tree.map(lambda x: x, index)
-    assert index == copy and not (index != copy)
+    assert index == copy
+    assert (index != copy) is False
     assert index != other
     assert index != eqx.nn.inference_mode(index)
     assert index != 3

@@ -33,6 +33,11 @@ def bump(index, x=ZERO):
     return n
 
 
+def fails(f):
+    with pytest.raises(RuntimeError):
+        f()
+
+
 USES = {
     "nothing": lambda i: None,
     "eager": lambda i: bump(i),
@@ -47,9 +52,7 @@ USES = {
     "aot": lambda i: jax.jit(lambda x: bump(i, x)).lower(ZERO).compile()(ZERO),
     "make_jaxpr": lambda i: jax.make_jaxpr(lambda x: bump(i, x))(ZERO),
     "grad": lambda i: jax.grad(lambda x: (bump(i), x)[1])(ZERO),
-    "error": lambda i: pytest.raises(
-        RuntimeError, jax.jit(lambda: storax.get_state(i, jnp.zeros(9)))
-    ),
+    "error": lambda i: fails(jax.jit(lambda: storax.get_state(i, jnp.zeros(9)))),
 }
 
 
@@ -88,10 +91,13 @@ def test_what_jax_itself_caches_until_clear_caches(kind, fresh_caches):
 
 def test_a_held_program_keeps_its_slot(fresh_caches):
     before = slots()
-    index = storax.StateIndex()
-    storax.set_state(index, ZERO)
-    compiled = jax.jit(lambda: bump(index)).lower().compile()
-    del index
+
+    def compile():
+        index = storax.StateIndex()
+        storax.set_state(index, ZERO)
+        return jax.jit(lambda: bump(index)).lower().compile()
+
+    compiled = compile()
     assert slots() == before + 1
     assert [float(compiled()) for _ in range(3)] == [1, 2, 3]
     del compiled
@@ -99,10 +105,12 @@ def test_a_held_program_keeps_its_slot(fresh_caches):
 
 
 def test_a_lowered_program_keeps_its_slot(fresh_caches):
-    index = storax.StateIndex()
-    storax.set_state(index, ZERO)
-    lowered = jax.jit(lambda: bump(index)).lower()
-    del index
+    def lower():
+        index = storax.StateIndex()
+        storax.set_state(index, ZERO)
+        return jax.jit(lambda: bump(index)).lower()
+
+    lowered = lower()
     gc.collect()
     compiled = lowered.compile()
     assert [float(compiled()) for _ in range(2)] == [1, 2]

@@ -194,8 +194,6 @@ def test_masked_by_an_unbatched_row():
     stacked, _ = both()
     arrays, static = eqx.partition(stacked, eqx.is_array)
     xs = jnp.array([1.0, -1.0, 2.0])
-    mean = storax.StateIndex()
-    del mean
 
     def f(x):
         def step(c, a):
@@ -260,9 +258,13 @@ def test_errors():
             lambda c, a: (c, storax.set_state(eqx.combine(a, static), jnp.zeros(2))), 0, arrays
         )
     )
-    with pytest.raises(RuntimeError, match=r"'unset'.*first set.*rows"):
+
+    def run():
         jax.block_until_ready(f())
         storax.barrier()
+
+    with pytest.raises(RuntimeError, match=r"'unset'.*first set.*rows"):
+        run()
 
     stacked, _ = both()
     one = jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, stacked)

@@ -1,0 +1,143 @@
+"""A training step of a network with BatchNorm."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from contenders import why_missing
+from networks import Form, by_hand, flat, with_equinox, with_storax
+from report import Findings
+from timing import AGAIN, Clock, repeated
+
+import storax
+
+HAND = "hand"
+LABELS = {
+    HAND: "by hand, jax.jit",
+    "storax": "storax, jax.jit",
+    "storax.jit": "storax, storax.jit",
+    "storax-filter": "storax, eqx.filter_jit",
+    "eqx-filter": "eqx.nn.State, eqx.filter_jit",
+    "eqx": "eqx.nn.State, jax.jit",
+}
+DEPTH = 4
+# Width and batch size.
+SIZES = {"small": (32, 32), "large": (256, 256)}
+RATE = 0.01
+CHECKED_STEPS = 5
+
+
+class Training:
+    """A model in training: one step a call."""
+
+    def __init__(self, form: Form, parameters: Any, step: Callable[..., Any], batch: Any):
+        self.form = form
+        self.parameters = parameters
+        self.state = form.state
+        self.step = step
+        self.batch = batch
+
+    def __call__(self) -> jax.Array:
+        self.parameters, self.state, loss = self.step(self.batch, self.parameters, self.state)
+        return loss
+
+    def statistics(self) -> tuple[jax.Array, jax.Array]:
+        # Storax's are found through any copy of the model, Equinox's through any of the indices.
+        return self.form.statistics(self.form.model, self.state)
+
+
+def _of_arrays(form: Form, batch: Any, jit: Callable[..., Any] = jax.jit) -> Training:
+    """Parameters as a list of arrays: the least that a call can be made to handle."""
+    leaves, call = flat(form)
+
+    @functools.partial(jit, donate_argnums=(1, 2))
+    def step(batch, leaves, state):
+        xs, targets = batch
+
+        def loss(leaves):
+            ys, new = call(leaves, state, xs)
+            return jnp.mean((ys - targets) ** 2), new
+
+        (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(leaves)
+        leaves = [p - RATE * g for p, g in zip(leaves, gradients, strict=True)]
+        return leaves, new, value
+
+    return Training(form, leaves, step, batch)
+
+
+def _of_modules(form: Form, batch: Any) -> Training:
+    """Parameters as the model itself, as one writes it with Equinox."""
+
+    @functools.partial(eqx.filter_jit, donate="all-except-first")
+    def step(batch, model, state):
+        xs, targets = batch
+
+        @functools.partial(eqx.filter_value_and_grad, has_aux=True)
+        def loss(model):
+            ys, new = form.call(model, state, xs)
+            return jnp.mean((ys - targets) ** 2), new
+
+        (value, new), gradients = loss(model)
+        model = eqx.apply_updates(model, jax.tree.map(lambda g: -RATE * g, gradients))
+        return model, new, value
+
+    # Of its own, since it is donated.
+    model = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, form.model)
+    return Training(form, model, step, batch)
+
+
+def measure(quick: bool, large: bool) -> Findings:
+    found = Findings(
+        "batch_norm",
+        "A training step with BatchNorm",
+        f"{DEPTH} layers, each a linear map, BatchNorm and ReLU: loss, gradient, and an SGD step. "
+        "Under `jax.jit` the parameters are a list of arrays, under `eqx.filter_jit` the model "
+        "itself; all are donated.",
+    )
+    why = why_missing("storax:jit")
+    if why:
+        found.leave_out(LABELS["storax.jit"], why)
+    for size, (width, batch_size) in SIZES.items():
+        keys = jax.random.split(jax.random.key(1))
+        batch = tuple(jax.random.normal(key, (batch_size, width)) for key in keys)
+        trained = {
+            HAND: _of_arrays(by_hand(width, DEPTH), batch),
+            AGAIN: _of_arrays(by_hand(width, DEPTH), batch),
+            "storax": _of_arrays(with_storax(width, DEPTH), batch),
+            "storax-filter": _of_modules(with_storax(width, DEPTH), batch),
+            "eqx-filter": _of_modules(with_equinox(width, DEPTH), batch),
+            "eqx": _of_arrays(with_equinox(width, DEPTH), batch),
+        }
+        if not why:
+            trained["storax.jit"] = _of_arrays(with_storax(width, DEPTH), batch, storax.jit)
+        _check(trained)
+        clock = Clock(rounds=20 if quick else 200, seconds=0.002)
+        samples = clock.measure({key: repeated(each) for key, each in trained.items()})
+
+        title = f"{size}: width {width}, batch of {batch_size}"
+        found.add_table(title, samples, LABELS, HAND)
+        for key in ("storax", "storax.jit"):
+            if key in trained:
+                text = f"{size} training step, {LABELS[key]}, to by hand"
+                found.add_goal(text, 1.05, samples, key, HAND)
+        if size == "small":
+            text = f"{size} training step, {LABELS['eqx-filter']}, to {LABELS['storax']}"
+            found.add_goal(text, 3, samples, "eqx-filter", "storax", at_least=True, baseline=HAND)
+    return found
+
+
+def _check(trained: dict[str, Training]) -> None:
+    """That all compute the same, before any of them is timed."""
+    results = {}
+    for key, each in trained.items():
+        losses = [float(each()) for _ in range(CHECKED_STEPS)]
+        results[key] = losses, *each.statistics()
+    for key, result in results.items():
+        for value, expected in zip(result, results[HAND], strict=True):
+            np.testing.assert_allclose(
+                value, expected, rtol=1e-3, atol=1e-4, err_msg=LABELS.get(key)
+            )

@@ -1,0 +1,143 @@
+"""What storax adds to tracing and lowering: to programs without state nothing, to others little."""
+
+import contextlib
+import functools
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from networks import Form, by_hand, flat, with_equinox, with_storax
+from report import Findings, Goal
+from timing import AGAIN, Clock, Run, repeated
+
+WITHOUT = "without"
+HAND = "hand"
+DEPTH = 50
+WIDTH = 16
+STATELESS = {
+    "deep": "50 layers and their gradient, traced and lowered",
+    "nested": "vmap of grad of checkpoint of scan of cond, 5 layers, traced and lowered",
+    "dispatch": "one call of a jitted addition",
+}
+
+
+def measure(quick: bool, large: bool) -> Findings:
+    found = Findings(
+        "tracing",
+        "Tracing and lowering",
+        "Programs without state run in processes that have imported storax and run a program with "
+        "state, and in processes that have not; they take turns. Networks with BatchNorm are traced "
+        "and lowered, in training, from a function that JAX has not seen before.",
+    )
+    _measure_stateless(found, quick)
+    _measure_batch_norm(found, quick)
+    return found
+
+
+# --- Without state --------------------------------------------------------------------------------
+
+
+def _measure_stateless(found: Findings, quick: bool) -> None:
+    labels = {WITHOUT: "without storax", "with": "with storax imported and at work"}
+    with contextlib.ExitStack() as stack:
+        # More than one process each: processes of one program differ in speed as well.
+        roles = {
+            role: [
+                stack.enter_context(_worker(with_storax=role == "with"))
+                for _ in range(1 if quick else 3)
+            ]
+            for role in (WITHOUT, AGAIN, "with")
+        }
+        for what, text in STATELESS.items():
+            runs = {role: _in_turn(workers, what) for role, workers in roles.items()}
+            if what == "dispatch":
+                clock = Clock(20 if quick else 300, seconds=0.005)
+            else:
+                clock = Clock(3 if quick else 24, seconds=0.02)
+            samples = clock.measure(runs)
+            found.add_table(f"Without state: {text}", samples, labels, WITHOUT)
+            again = samples.ratio(AGAIN, WITHOUT)
+            ratio = samples.ratio("with", WITHOUT)
+            goal = Goal(
+                f"{text}, with storax to without (goal: in the A/A spread)", again.high, ratio
+            )
+            goal.again = again
+            found.goals.append(goal)
+
+
+@contextlib.contextmanager
+def _worker(with_storax: bool) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, str(Path(__file__).parent / "stateless_worker.py")]
+    if with_storax:
+        command.append("with-storax")
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        _expect(process, "ready")
+        yield process
+        process.stdin.close()
+
+
+def _in_turn(workers: list[subprocess.Popen], what: str) -> Run:
+    turns = itertools.cycle(workers)
+
+    def run(calls: int) -> None:
+        worker = next(turns)
+        worker.stdin.write(f"{what} {calls}\n")
+        _expect(worker, "done")
+
+    return run
+
+
+def _expect(worker: subprocess.Popen, answer: str) -> None:
+    line = worker.stdout.readline().strip()
+    if line != answer:
+        raise RuntimeError(f"a process that traces programs answered {line!r}, not {answer!r}")
+
+
+# --- BatchNorm ------------------------------------------------------------------------------------
+
+
+def _measure_batch_norm(found: Findings, quick: bool) -> None:
+    labels = {HAND: "by hand", "storax": "storax", "eqx": "eqx.nn.BatchNorm"}
+    forms = {HAND: by_hand, AGAIN: by_hand, "storax": with_storax, "eqx": with_equinox}
+    made = {key: _as_function(form(WIDTH, DEPTH)) for key, form in forms.items()}
+    expected = None
+    for key, (f, args) in made.items():
+        out, _ = jax.jit(f)(*args)
+        expected = out if expected is None else expected
+        np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-3, err_msg=key)
+
+    clock = Clock(3 if quick else 24, seconds=0.02)
+    for title, stage in (("traced", _trace), ("traced and lowered", _lower)):
+        samples = clock.measure(
+            {key: repeated(functools.partial(stage, f, args)) for key, (f, args) in made.items()}
+        )
+        title = f"{DEPTH} layers with BatchNorm, {title}"
+        found.add_table(title, samples, labels, HAND)
+    found.add_goal(f"{title}, storax to by hand", 1.3, samples, "storax", HAND)
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def _as_function(form: Form) -> Call:
+    leaves, call = flat(form)
+    xs = jax.random.normal(jax.random.key(1), (8, WIDTH))
+    return call, (leaves, form.state, xs)
+
+
+# A function of its own each time is one that JAX can't have traced before.
+
+
+def _trace(f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return jax.jit(lambda *args: f(*args)).trace(*args)
+
+
+def _lower(f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return jax.jit(lambda *args: f(*args)).lower(*args)

@@ -30,7 +30,7 @@ demo: $(VENV)/.extension $(VENV)/.demo ## Run examples/demo.py, which draws demo
 test: test-cpp test-python ## Run the tests, in C++ and in Python
 
 .PHONY: test-python
-test-python: $(VENV)/.extension $(VENV)/.test ## Run the tests in Python
+test-python: $(VENV)/.extension $(VENV)/.test $(VENV)/.demo ## Run the tests in Python
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
 
 .PHONY: test-cpp
@@ -48,7 +48,7 @@ bench: $(VENV)/.extension $(VENV)/.bench ## Run the benchmarks
 	$(BIN)/python benchmarks/run.py
 
 .PHONY: lint
-lint: $(VENV)/.extension $(VENV)/.lint $(VENV)/.test ## Check format, style, types and stubs
+lint: $(VENV)/.extension $(VENV)/.lint ## Check format, style, types and stubs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)

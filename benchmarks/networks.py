@@ -104,7 +104,8 @@ def with_storax(width: int, depth: int) -> Form:
         return storax.BatchNorm(size, BATCH, momentum=MOMENTUM, mode="batch")
 
     def call(model, state, xs):
-        return jax.vmap(model, axis_name=BATCH)(xs), None
+        # Not `vmap(model)`: JAX would write the whole model out, for want of a name.
+        return jax.vmap(model.__call__, axis_name=BATCH)(xs), None
 
     def statistics(model, state):
         like = jnp.zeros((width,))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox import _compile_utils as eqx_compile_utils
 
-from . import _control_flow, _core, _jax, _store, _unknown_jax
+from . import _core, _jax, _store
+from ._install import install
 from ._slot import Published, Slot, type_parts
 
 __all__ = ["NOTHING_HELD", "StateIndex"]
@@ -169,7 +170,7 @@ class StateIndex:
     _row: Any
 
     def __init__(self, inference: bool = False, *, name: str | None = None):
-        _install()
+        install()
         self.inference = inference
         self._held = NOTHING_HELD if inference else None
         self._slot = Slot(_creation_site() if name is None else f"StateIndex {name!r}")
@@ -248,26 +249,6 @@ class StateIndex:
 
     def __repr__(self) -> str:
         return f"StateIndex(inference={self.inference}, name={self._slot.core.name!r})"
-
-
-_installed = False
-
-
-def _install() -> None:
-    """Teaches JAX about state, with the first index."""
-    global _installed
-    if _installed:
-        return
-    _installed = True  # at once: the checks of an unknown JAX make indices too
-    failed = _jax.install_patches()
-    try:
-        _control_flow.install()
-    except Exception as e:
-        if _jax.VERSION in _jax.TESTED:
-            raise
-        failed["vmap of control flow"] = f"{type(e).__name__}: {e}"
-    if _jax.VERSION not in _jax.TESTED:
-        _unknown_jax.check(failed)
 
 
 def _published(slot: Slot) -> Published:

@@ -71,6 +71,10 @@ def no_trace() -> bool:
     return _core.trace_ctx.is_top_level()
 
 
+def is_differentiation(trace: Any) -> bool:
+    return type(trace).__name__ in ("JVPTrace", "LinearizeTrace", "JaxprTrace")
+
+
 # Runs operations at once even while something is being traced. Like the public
 # `jax.ensure_compile_time_eval`, but keeps no state of its own between uses.
 eval_now = _core.eval_context
@@ -517,32 +521,14 @@ def _keep_calls() -> None:
     _pxla.UnloadedMeshExecutable.from_hlo = staticmethod(from_hlo_with_state)
 
 
-# What of ours each patch makes right, for a JAX on which it fails to apply.
-_PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
+# Each patch, and which of our features needs it.
+PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("jit", _register_effect),
     ("jit", _keep_token_in_module),
     ("grad", _keep_state_in_scan),
     ("jit", _delay_fast_path),
     ("jit", _keep_calls),
 )
-
-
-@functools.cache
-def install_patches() -> dict[str, str]:
-    """Teaches JAX about state, once. Programs without state take JAX's own code throughout.
-
-    Returns what could not be done, and why: {"grad": "JAX 9.9 has no ..."}. On the versions in
-    TESTED that is nothing.
-    """
-    failed = {}
-    for feature, patch in _PATCHES:
-        try:
-            patch()
-        except Exception as e:
-            if VERSION in TESTED:
-                raise
-            failed[feature] = f"{type(e).__name__}: {e}"
-    return failed
 
 
 # --- Running things now ---------------------------------------------------------------------------

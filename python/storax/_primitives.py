@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from . import _core, _jax, _store, _unknown_jax
@@ -24,21 +23,30 @@ from ._slot import structure_at
 
 __all__ = ["frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
 
-get_p = _jax.Primitive("get_state")
-set_p = _jax.Primitive("set_state")
-set_masked_p = _jax.Primitive("set_state_masked")
+
+class _StatePrimitive(_jax.Primitive):
+    def bind_with_trace(self, trace, *args):
+        # JAX asks no rule of ours about an operation whose operands are not differentiated.
+        if _jax.is_differentiation(trace):
+            _unknown_jax.require("grad")
+        return super().bind_with_trace(trace, *args)
+
+
+get_p = _StatePrimitive("get_state")
+set_p = _StatePrimitive("set_state")
+set_masked_p = _StatePrimitive("set_state_masked")
 frozen_p = _jax.Primitive("frozen_state")
 for _p in (get_p, set_p, set_masked_p, frozen_p):
     _p.multiple_results = True
 
 
-def _split_row(args: Sequence[Any], rows: int | None) -> tuple[list[Any], list[Any]]:
+def split_row(args: Sequence[Any], rows: int | None) -> tuple[list[Any], list[Any]]:
     return ([], list(args)) if rows is None else (list(args[:1]), list(args[1:]))
 
 
-def _whole(avals: Sequence[Any], levels: tuple, rows: int | None) -> tuple[tuple, tuple]:
+def whole_type(avals: Sequence[Any], levels: tuple, rows: int | None) -> tuple[tuple, tuple]:
     """Shapes and levels of the whole state, if these are one row's."""
-    shapes = _shapes(avals)
+    shapes = shapes_of(avals)
     if rows is None:
         return shapes, levels
     below = tuple(
@@ -52,7 +60,7 @@ def _whole(avals: Sequence[Any], levels: tuple, rows: int | None) -> tuple[tuple
 
 @get_p.def_effectful_abstract_eval
 def _(*args, rows, **params):
-    _, like = _split_row(args, rows)
+    _, like = split_row(args, rows)
     return [_jax.vary_over_mesh(_jax.strong(a)) for a in like], {_jax.STATE}
 
 
@@ -104,7 +112,7 @@ def leaf_mask(
     return lax.broadcast_in_dim(mask, tuple(shape), [leaf for leaf, _ in kept])
 
 
-def _leaf_masks(
+def leaf_masks(
     mask: Any, mask_axes: Sequence[int | None], levels: Sequence, shapes: Sequence
 ) -> list[Any]:
     return [
@@ -123,7 +131,7 @@ def masked_update(
 ) -> list[Any]:
     """The state after a masked set, as values."""
     kinds = structure_at(structure).kinds
-    masks = _leaf_masks(
+    masks = leaf_masks(
         mask, mask_axes, levels, [k.dims(x.shape) for k, x in zip(kinds, new, strict=True)]
     )
     return [
@@ -135,26 +143,26 @@ def masked_update(
 # --- Eager ----------------------------------------------------------------------------------------
 
 
-def _shapes(leaves: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+def shapes_of(leaves: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     return tuple(x.shape for x in leaves)
 
 
 @get_p.def_impl
 def _(*args, slot, structure, levels, mesh, rows):
     core, made = _core.share_slot(slot), structure_at(structure)
-    row, like = _split_row(args, rows)
+    row, like = split_row(args, rows)
     if not row:
         return _store.get(core, made, like, levels, mesh)
-    shapes, levels = _whole(like, levels, rows)
+    shapes, levels = whole_type(like, levels, rows)
     whole = [_jax.shaped(s, x.dtype) for s, x in zip(shapes, like, strict=True)]
     return [x[row[0]] for x in _store.get(core, made, whole, levels, mesh)]
 
 
 def _set_now(args, masks, *, slot, structure, levels, mesh, rows):
     core, made = _core.share_slot(slot), structure_at(structure)
-    row, state = _split_row(args, rows)
+    row, state = split_row(args, rows)
     if row:
-        shapes, levels = _whole(state, levels, rows)
+        shapes, levels = whole_type(state, levels, rows)
         whole = [_jax.shaped(s, x.dtype) for s, x in zip(shapes, state, strict=True)]
         old = _store.get(core, made, whole, levels, mesh)
         state = [o.at[row[0]].set(x) for o, x in zip(old, state, strict=True)]
@@ -172,18 +180,20 @@ def _(*args, **params):
 
 @set_masked_p.def_impl
 def _(mask, *args, mask_axes, **params):
-    _, state = _split_row(args, params["rows"])
+    _, state = split_row(args, params["rows"])
     kinds = structure_at(params["structure"]).kinds
     dims = [k.dims(x.shape) for k, x in zip(kinds, state, strict=True)]
-    return _set_now(args, _leaf_masks(mask, mask_axes, params["levels"], dims), **params)
+    return _set_now(args, leaf_masks(mask, mask_axes, params["levels"], dims), **params)
 
 
-def _check_frozen(held, like, structure, levels, held_levels, name):
-    agree = [a for a, _ in levels] == [a for a, _ in held_levels] and _shapes(held) == _shapes(like)
+def check_frozen(held, like, structure, levels, held_levels, name):
+    agree = [a for a, _ in levels] == [a for a, _ in held_levels] and shapes_of(held) == shapes_of(
+        like
+    )
     if not agree:
         made = structure_at(structure)
-        holds = _core.type_text(made.type_id(_shapes(held), held_levels, ()))
-        asked = _core.type_text(made.type_id(_shapes(like), levels, ()))
+        holds = _core.type_text(made.type_id(shapes_of(held), held_levels, ()))
+        asked = _core.type_text(made.type_id(shapes_of(like), levels, ()))
         raise RuntimeError(
             f"storax.get_state of {name}, frozen by `inference=True`: it holds {holds}, but `like` "
             f"is {asked}. Get and set must agree in dtype, shape, PyTree structure and batch axes."
@@ -193,7 +203,7 @@ def _check_frozen(held, like, structure, levels, held_levels, name):
 @frozen_p.def_impl
 def _(*held_and_like, **params):
     n = len(held_and_like) // 2
-    _check_frozen(held_and_like[:n], held_and_like[n:], **params)
+    check_frozen(held_and_like[:n], held_and_like[n:], **params)
     return list(held_and_like[:n])
 
 
@@ -208,8 +218,9 @@ def _recorded(levels: tuple, axis_data: Any, dims: Sequence[int | None]) -> tupl
 
 
 def _batch_get(axis_data, args, dims, *, levels, rows, **params):
-    row, like = _split_row(args, rows)
-    row_dim, like_dims = _split_row(dims, rows)
+    _unknown_jax.require("vmap")
+    row, like = split_row(args, rows)
+    row_dim, like_dims = split_row(dims, rows)
     if row_dim and row_dim[0] is not None:
         return _get_rows(axis_data, row[0], like, like_dims, levels=levels, rows=rows, **params)
     levels = _recorded(levels, axis_data, like_dims)
@@ -217,8 +228,9 @@ def _batch_get(axis_data, args, dims, *, levels, rows, **params):
 
 
 def _batch_set(axis_data, args, dims, *, levels, rows, **params):
-    row, state = _split_row(args, rows)
-    row_dim, state_dims = _split_row(dims, rows)
+    _unknown_jax.require("vmap")
+    row, state = split_row(args, rows)
+    row_dim, state_dims = split_row(dims, rows)
     if row_dim and row_dim[0] is not None:
         _set_rows(axis_data, None, row[0], state, state_dims, levels=levels, rows=rows, **params)
     else:
@@ -229,8 +241,8 @@ def _batch_set(axis_data, args, dims, *, levels, rows, **params):
 
 def _batch_set_masked(axis_data, args, dims, *, levels, mask_axes, rows, **params):
     (mask, *args), (mask_dim, *dims) = args, dims
-    row, state = _split_row(args, rows)
-    row_dim, state_dims = _split_row(dims, rows)
+    row, state = split_row(args, rows)
+    row_dim, state_dims = split_row(dims, rows)
     if row_dim and row_dim[0] is not None:
         _refuse_rows(levels, params["slot"])
         lanes = _jax.move_to_front(axis_data, mask, mask_dim)
@@ -297,10 +309,11 @@ def _batch_frozen(axis_data, args, dims, *, levels, held_levels, **params):
     return out, list(held_dims)
 
 
-_jax.define_batching(get_p, _batch_get)
-_jax.define_batching(set_p, _batch_set)
-_jax.define_batching(set_masked_p, _batch_set_masked)
-_jax.define_batching(frozen_p, _batch_frozen)
+def install_batching() -> None:
+    _jax.define_batching(get_p, _batch_get)
+    _jax.define_batching(set_p, _batch_set)
+    _jax.define_batching(set_masked_p, _batch_set_masked)
+    _jax.define_batching(frozen_p, _batch_frozen)
 
 
 # --- Differentiation: state is a constant ----------------------------------------------------------
@@ -308,7 +321,6 @@ _jax.define_batching(frozen_p, _batch_frozen)
 
 def _jvp_of_get(primitive):
     def rule(primals, tangents, **params):
-        _unknown_jax.require("grad")
         out = primitive.bind(*primals, **params)
         return out, [_jax.zero_tangent(x) for x in out]
 
@@ -317,7 +329,6 @@ def _jvp_of_get(primitive):
 
 def _jvp_of_set(primitive):
     def rule(primals, tangents, *, slot, **params):
-        _unknown_jax.require("grad")
         if any(type(t) is not _jax.Zero and t.dtype != jax.dtypes.float0 for t in tangents):
             name = _core.share_slot(slot).name
             raise NotImplementedError(
@@ -331,108 +342,10 @@ def _jvp_of_set(primitive):
     return rule
 
 
-_jax.define_jvp(get_p, _jvp_of_get(get_p))
-_jax.define_jvp(frozen_p, _jvp_of_get(frozen_p))
-_jax.define_jvp(set_p, _jvp_of_set(set_p))
-_jax.define_jvp(set_masked_p, _jvp_of_set(set_masked_p))
-for _p in (get_p, set_p, set_masked_p):
-    _jax.define_partial_eval(_p)
-
-
-# --- Lowering -------------------------------------------------------------------------------------
-
-
-def _refuse(ctx, slot, op):
-    """Where an FFI call could not keep its promise, XLA would abort, or be silently wrong."""
-    devices, auto_axes = _jax.module_devices(ctx)
-    name = slot.name
-    if devices not in (None, 1):
-        raise NotImplementedError(
-            f"storax.{op} of {name} in a program that JAX spreads over {devices} devices: under "
-            "plain `jax.jit` a state lives on one device. Use `storax.jit`, which keeps it as one "
-            "sharded array; or `jax.shard_map` over every mesh axis, for one state per device; or "
-            "keep the program's arguments on one device."
-        )
-    if auto_axes:
-        raise NotImplementedError(
-            f"storax.{op} of {name} inside a `jax.shard_map` that leaves the mesh axes "
-            f"{list(auto_axes)} to the partitioner. Use `storax.jit`, or make every axis manual."
-        )
-
-
-def _state_attribute(slot, type_id):
-    return np.array([slot.id, type_id, _core.process_nonce()], np.int64)
-
-
-def _lower(ctx, op, target, slot_id, type_id, operands, avals_in):
-    slot = _core.share_slot(slot_id)
-    _unknown_jax.require("jit")
-    _refuse(ctx, slot, op)
-    _store.register_handlers()
-    _jax.keep_alive(ctx, _store.Operation(slot, type_id))
-    return _jax.ordered_ffi_call(
-        ctx, target, operands, avals_in, ctx.avals_out, state=_state_attribute(slot, type_id)
-    )
-
-
-def _type_of(structure, avals, levels, mesh, rows):
-    shapes, levels = _whole(avals, levels, rows)
-    return structure_at(structure).type_id(shapes, levels, mesh)
-
-
-def _lower_get(ctx, *args, slot, structure, levels, mesh, rows):
-    type_id = _type_of(structure, ctx.avals_out, levels, mesh, rows)
-    row, _ = _split_row(args, rows)
-    row_aval, _ = _split_row(ctx.avals_in, rows)
-    target = _store.GET_ROW if row else _store.GET
-    return _lower(ctx, "get_state", target, slot, type_id, row, row_aval)
-
-
-def _lower_set(ctx, *args, slot, structure, levels, mesh, rows):
-    row, avals = _split_row(ctx.avals_in, rows)
-    type_id = _type_of(structure, avals, levels, mesh, rows)
-    target = _store.SET_ROW if row else _store.SET
-    return _lower(ctx, "set_state", target, slot, type_id, args, ctx.avals_in)
-
-
-def _lower_set_masked(ctx, mask, *args, slot, structure, levels, mesh, rows, mask_axes):
-    row, state = _split_row(args, rows)
-    row_aval, avals = _split_row(ctx.avals_in[1:], rows)
-    dims = [k.dims(a.shape) for k, a in zip(structure_at(structure).kinds, avals, strict=True)]
-    mask_avals = [_jax.shaped(d, bool) for d in dims]
-
-    def spread(mask):
-        return _leaf_masks(mask, mask_axes, levels, dims)
-
-    masks = _jax.lower_inline(ctx, spread, ctx.avals_in[:1], mask_avals, mask)
-    type_id = _type_of(structure, avals, levels, mesh, rows)
-    target = _store.SET_ROW_MASKED if row else _store.SET_MASKED
-    operands, avals_in = [*row, *masks, *state], [*row_aval, *mask_avals, *avals]
-    return _lower(ctx, "set_state", target, slot, type_id, operands, avals_in)
-
-
-def _lower_frozen(ctx, *held_and_like, **params):
-    n = len(held_and_like) // 2
-    _check_frozen(ctx.avals_in[:n], ctx.avals_in[n:], **params)
-    return list(held_and_like[:n])
-
-
-def _refuse_platform(op):
-    def rule(ctx, *args, slot, **params):
-        platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
-        raise NotImplementedError(
-            f"storax.{op} of {_core.share_slot(slot).name}: state has no handler on {platforms} "
-            "yet. Run the program on the CPU, for example under `jax.default_device`."
-        )
-
-    return rule
-
-
-for _p, _op, _rule in (
-    (get_p, "get_state", _lower_get),
-    (set_p, "set_state", _lower_set),
-    (set_masked_p, "set_state", _lower_set_masked),
-):
-    _jax.define_lowering(_p, _refuse_platform(_op))
-    _jax.define_lowering(_p, _rule, platform="cpu")
-_jax.define_lowering(frozen_p, _lower_frozen)
+def install_differentiation() -> None:
+    _jax.define_jvp(get_p, _jvp_of_get(get_p))
+    _jax.define_jvp(frozen_p, _jvp_of_get(frozen_p))
+    _jax.define_jvp(set_p, _jvp_of_set(set_p))
+    _jax.define_jvp(set_masked_p, _jvp_of_set(set_masked_p))
+    for primitive in (get_p, set_p, set_masked_p):
+        _jax.define_partial_eval(primitive)

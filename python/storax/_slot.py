@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from typing import Any
 
 import jax
@@ -26,6 +27,16 @@ class Slot:
     @property
     def id(self) -> int:
         return self.core.id
+
+    def __deepcopy__(self, memo: dict) -> "Slot":
+        from ._snapshot import copy_slot
+
+        return copy_slot(self)
+
+    def __reduce__(self) -> Any:
+        from ._snapshot import reduce_slot
+
+        return reduce_slot(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,17 +164,28 @@ def type_parts(number: int) -> TypeParts:
 
 
 _structures: list[Structure] = []
+_interned: dict[tuple[Any, tuple], Structure] = {}
+_interning = threading.Lock()
 
 
 @functools.cache
-def _structure(treedef: Any, dtypes: tuple) -> Structure:
-    made = Structure(len(_structures), treedef, tuple(leaf_kind(d) for d in dtypes))
-    _structures.append(made)
+def structure_from(treedef: Any, dtypes: tuple) -> Structure:
+    kinds = tuple(leaf_kind(d) for d in dtypes)
+    with _interning:  # functools.cache lets two threads in
+        made = _interned.get((treedef, dtypes))
+        if made is None:
+            made = _interned[treedef, dtypes] = Structure(len(_structures), treedef, kinds)
+            _structures.append(made)
     return made
 
 
 def structure_of(treedef: Any, leaves: list[Any]) -> Structure:
-    return _structure(treedef, tuple(x.dtype for x in leaves))
+    return structure_from(treedef, tuple(x.dtype for x in leaves))
+
+
+def all_structures() -> list[Structure]:
+    """Those of this process, oldest first."""
+    return list(_structures)
 
 
 def structure_at(number: int) -> Structure:

@@ -1,4 +1,5 @@
 // Operations on one row of a stacked state.
+#include <algorithm>
 #include <cstring>
 
 #include "storax/store.h"
@@ -9,6 +10,19 @@ namespace {
 std::size_t row_bytes(const Type& type, std::size_t leaf) {
   const std::int64_t rows = type.desc().leaves[leaf].dims[0];
   return rows == 0 ? 0 : type.leaf_bytes(leaf) / static_cast<std::size_t>(rows);
+}
+
+// Whether a row's masks have elements, and are false for all of them.
+bool none_taken(const Type& type, std::span<const bool* const> masks) {
+  bool found = false;
+  for (std::size_t k = 0; k < masks.size(); ++k) {
+    const Leaf& leaf = type.desc().leaves[k];
+    if (leaf.dims.empty()) return false;  // no rows, as check_row() will say
+    const bool* end = masks[k] + row_bytes(type, k) / leaf.item_bytes;
+    if (std::find(masks[k], end, true) != end) return false;
+    found = found || masks[k] != end;
+  }
+  return found;
 }
 
 }  // namespace
@@ -44,6 +58,9 @@ Status Slot::get_row(SlotId id, Device device, TypeId want, std::int64_t row, Le
 
 Status Slot::set_row(SlotId id, Device device, TypeId type, std::int64_t row,
                      std::span<const bool* const> masks, ConstLeaves in) noexcept {
+  const Type* asked = find_type(type);
+  if (asked == nullptr) return Status::kTypeMismatch;
+  if (none_taken(*asked, masks)) return Status::kOk;  // as in set_masked
   const SpinGuard guard(lock_);
   const Status status = check_row(id, device, type, row);
   if (status != Status::kOk) {

@@ -145,6 +145,14 @@ BOOST_AUTO_TEST_CASE(a_partial_first_set) {
              "f32[5] with batch axes 0", "before the `vmap`"});
 }
 
+BOOST_AUTO_TEST_CASE(a_row_outside_of_the_state) {
+  const TypeId type = make_type(std::vector{f32({5})});
+  const SlotRef slot = SlotRef::create("Net.norm");
+  BOOST_TEST(set(slot, type, State(type)) == Status::kOk);
+  check_has(explain(slot, Status::kNoSuchRow, "get_state", type),
+            {"storax.get_state of Net.norm: it holds f32[5], which has no such row"});
+}
+
 BOOST_AUTO_TEST_CASE(no_memory) {
   const SlotRef slot = SlotRef::create("Net.norm");
   check_has(explain(slot, Status::kOutOfMemory, "set_state", make_type(std::vector{f32({5})})),

@@ -95,6 +95,33 @@ BOOST_AUTO_TEST_CASE(masked_sets_of_different_lanes_lose_nothing) {
              state_of(type, std::vector<std::int32_t>(kThreads * kPerLane, kRounds)));
 }
 
+// So is a set of one row.
+BOOST_AUTO_TEST_CASE(sets_of_different_rows_lose_nothing) {
+  constexpr int kRounds = 300;
+  const Dims row_dims = {1000};
+  const TypeId type = make_type(std::vector{i8({kThreads, row_dims[0]}), i8({kThreads})});
+  const TypeId row_type = make_type(std::vector{i8(row_dims), i8({})});
+  const SlotRef slot = SlotRef::create("s");
+  BOOST_REQUIRE(set(slot, type, State(type)) == Status::kOk);
+  Count failed, lost, torn;
+  run_threads([&](int t) {
+    for (int i = 1; i <= kRounds; ++i) {
+      const State mine(row_type, static_cast<std::byte>(i & 0xff));
+      failed.add_if(slot->set_row(slot.id(), 0, type, t, {}, mine.in()) != Status::kOk);
+      State row(row_type);
+      failed.add_if(slot->get_row(slot.id(), 0, type, t, row.out()) != Status::kOk);
+      lost.add_if(row != mine);
+      failed.add_if(slot->get_row(slot.id(), 0, type, (t + 1) % kThreads, row.out()) !=
+                    Status::kOk);
+      torn.add_if(!is_constant(row));
+    }
+  });
+  BOOST_TEST(failed.value() == 0);
+  BOOST_TEST(lost.value() == 0);
+  BOOST_TEST(torn.value() == 0);
+  BOOST_TEST(held(slot, type) == State(type, static_cast<std::byte>(kRounds & 0xff)));
+}
+
 BOOST_AUTO_TEST_CASE(one_of_many_first_sets_fixes_the_type) {
   std::vector<TypeId> types;
   for (int t = 0; t < kThreads; ++t) types.push_back(make_type(std::vector{i8({100 + t})}));

@@ -20,10 +20,25 @@ namespace storax {
 
 // Boost.Test finds it by its name.
 inline std::ostream& boost_test_print_type(std::ostream& out, Status status) {
-  constexpr const char* kNames[] = {"kOk",          "kNeverSet",        "kTypeMismatch",
-                                    "kWrongDevice", "kPartialFirstSet", "kOutOfMemory",
-                                    "kDropped"};
-  return out << kNames[static_cast<int>(status)];
+  switch (status) {
+    case Status::kOk:
+      return out << "kOk";
+    case Status::kNeverSet:
+      return out << "kNeverSet";
+    case Status::kTypeMismatch:
+      return out << "kTypeMismatch";
+    case Status::kWrongDevice:
+      return out << "kWrongDevice";
+    case Status::kPartialFirstSet:
+      return out << "kPartialFirstSet";
+    case Status::kNoSuchRow:
+      return out << "kNoSuchRow";
+    case Status::kOutOfMemory:
+      return out << "kOutOfMemory";
+    case Status::kDropped:
+      return out << "kDropped";
+  }
+  return out << "no status: " << static_cast<int>(status);
 }
 
 namespace testing {

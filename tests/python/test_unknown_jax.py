@@ -45,7 +45,7 @@ print(run(lambda: jax.jit(bump)(1.0)),
 BREAKS = {
     "nothing": ("", "ok ok ok ok"),
     "the fix for scans": (
-        "storax._jax._PATCHES = tuple(p for p in storax._jax._PATCHES if p[0] != 'grad')",
+        "storax._jax.PATCHES = tuple(p for p in storax._jax.PATCHES if p[0] != 'grad')",
         "ok refused ok ok",
     ),
     "a name that grad needs": (
@@ -53,7 +53,12 @@ BREAKS = {
         "ok refused ok ok",
     ),
     "masking": (
-        "import storax._control_flow as c; c._wrap_cond = lambda original: original",
+        "import storax._control_flow as c\n"
+        "c.masked = lambda jaxpr, mask, args: storax._jax.call_jaxpr(jaxpr, *args)",
+        "ok ok refused ok",
+    ),
+    "a name that vmap needs": (
+        "storax._jax.wrap_batching = lambda *args: storax._jax._Missing('jax._src.x').y",
         "ok ok refused ok",
     ),
     "a name that jit needs": (

@@ -1,0 +1,115 @@
+"""Lowering under plain `jax.jit`: an FFI call per operation, ordered by a token inside the module."""
+
+import numpy as np
+
+from . import _core, _jax, _store, _unknown_jax
+from ._primitives import (
+    check_frozen,
+    frozen_p,
+    get_p,
+    leaf_masks,
+    set_masked_p,
+    set_p,
+    split_row,
+    whole_type,
+)
+from ._slot import structure_at
+
+__all__ = ["install"]
+
+
+def _refuse(ctx, slot, op):
+    """Where an FFI call could not keep its promise, XLA would abort, or be silently wrong."""
+    devices, auto_axes = _jax.module_devices(ctx)
+    name = slot.name
+    if devices not in (None, 1):
+        raise NotImplementedError(
+            f"storax.{op} of {name} in a program that JAX spreads over {devices} devices: under "
+            "plain `jax.jit` a state lives on one device. Use `storax.jit`, which keeps it as one "
+            "sharded array; or `jax.shard_map` over every mesh axis, for one state per device; or "
+            "keep the program's arguments on one device."
+        )
+    if auto_axes:
+        raise NotImplementedError(
+            f"storax.{op} of {name} inside a `jax.shard_map` that leaves the mesh axes "
+            f"{list(auto_axes)} to the partitioner. Use `storax.jit`, or make every axis manual."
+        )
+
+
+def _state_attribute(slot, type_id):
+    return np.array([slot.id, type_id, _core.process_nonce()], np.int64)
+
+
+def _lower(ctx, op, target, slot_id, type_id, operands, avals_in):
+    slot = _core.share_slot(slot_id)
+    _unknown_jax.require("jit")
+    _refuse(ctx, slot, op)
+    _store.register_handlers()
+    _jax.keep_alive(ctx, _store.Operation(slot, type_id))
+    return _jax.ordered_ffi_call(
+        ctx, target, operands, avals_in, ctx.avals_out, state=_state_attribute(slot, type_id)
+    )
+
+
+def _type_of(structure, avals, levels, mesh, rows):
+    shapes, levels = whole_type(avals, levels, rows)
+    return structure_at(structure).type_id(shapes, levels, mesh)
+
+
+def _lower_get(ctx, *args, slot, structure, levels, mesh, rows):
+    type_id = _type_of(structure, ctx.avals_out, levels, mesh, rows)
+    row, _ = split_row(args, rows)
+    row_aval, _ = split_row(ctx.avals_in, rows)
+    target = _store.GET_ROW if row else _store.GET
+    return _lower(ctx, "get_state", target, slot, type_id, row, row_aval)
+
+
+def _lower_set(ctx, *args, slot, structure, levels, mesh, rows):
+    row, avals = split_row(ctx.avals_in, rows)
+    type_id = _type_of(structure, avals, levels, mesh, rows)
+    target = _store.SET_ROW if row else _store.SET
+    return _lower(ctx, "set_state", target, slot, type_id, args, ctx.avals_in)
+
+
+def _lower_set_masked(ctx, mask, *args, slot, structure, levels, mesh, rows, mask_axes):
+    row, state = split_row(args, rows)
+    row_aval, avals = split_row(ctx.avals_in[1:], rows)
+    dims = [k.dims(a.shape) for k, a in zip(structure_at(structure).kinds, avals, strict=True)]
+    mask_avals = [_jax.shaped(d, bool) for d in dims]
+
+    def spread(mask):
+        return leaf_masks(mask, mask_axes, levels, dims)
+
+    masks = _jax.lower_inline(ctx, spread, ctx.avals_in[:1], mask_avals, mask)
+    type_id = _type_of(structure, avals, levels, mesh, rows)
+    target = _store.SET_ROW_MASKED if row else _store.SET_MASKED
+    operands, avals_in = [*row, *masks, *state], [*row_aval, *mask_avals, *avals]
+    return _lower(ctx, "set_state", target, slot, type_id, operands, avals_in)
+
+
+def _lower_frozen(ctx, *held_and_like, **params):
+    n = len(held_and_like) // 2
+    check_frozen(ctx.avals_in[:n], ctx.avals_in[n:], **params)
+    return list(held_and_like[:n])
+
+
+def _refuse_platform(op):
+    def rule(ctx, *args, slot, **params):
+        platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
+        raise NotImplementedError(
+            f"storax.{op} of {_core.share_slot(slot).name}: state has no handler on {platforms} "
+            "yet. Run the program on the CPU, for example under `jax.default_device`."
+        )
+
+    return rule
+
+
+def install() -> None:
+    for primitive, op, rule in (
+        (get_p, "get_state", _lower_get),
+        (set_p, "set_state", _lower_set),
+        (set_masked_p, "set_state", _lower_set_masked),
+    ):
+        _jax.define_lowering(primitive, _refuse_platform(op))
+        _jax.define_lowering(primitive, rule, platform="cpu")
+    _jax.define_lowering(frozen_p, _lower_frozen)

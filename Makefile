@@ -8,7 +8,7 @@ WORKERS ?= auto
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-BUILD := build/$(notdir $(VENV))
+BUILD := build/$(patsubst .%,%,$(notdir $(VENV)))
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 CXX_FILES = $(shell find include src tests/cpp -name '*.cc' -o -name '*.h')
 
@@ -100,6 +100,7 @@ $(VENV)/.modules: $(VENV)/.created FORCE
 	@if cmp -s $@.now $@; then rm $@.now; else mv $@.now $@; fi
 
 $(BUILD)/_core.pyi: $(VENV)/.extension $(VENV)/.lint
+	@mkdir -p $(BUILD)
 	@$(BIN)/python -m nanobind.stubgen --quiet -m storax._core -o $@.raw
 	@$(BIN)/ruff format --stdin-filename python/storax/_core.pyi - < $@.raw > $@
 

@@ -34,7 +34,7 @@ def measure(quick: bool, large: bool) -> Findings:
     totals: dict[str, list[float]] = {PEERS_ONLY: [], AGAIN: [], "with": []}
     of_storax, of_index = [], []
     _import("with")
-    for _ in range(3 if quick else 15):
+    for _ in range(1 if quick else 15):
         for key, total in totals.items():
             parts = _import("with" if key == "with" else "without")
             total.append(sum(parts[:2]))

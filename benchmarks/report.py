@@ -41,7 +41,7 @@ class Goal:
     limit: float
     found: Spread
     at_least: bool = False  # a lower bound
-    unit: str = "×"
+    unit: str = ""
     again: Spread | None = None  # the baseline's twin to the baseline
 
     @property
@@ -103,11 +103,10 @@ class Findings:
         self.goals.append(Goal(text, limit, samples.ratio(name, to), at_least, again=again))
 
     def as_markdown(self) -> str:
+        """All but the goals."""
         parts = [f"## {self.title}", self.about]
         for table in self.tables:
             parts += [f"### {table.title}", _rows_as_markdown(table.rows)]
-        if self.goals:
-            parts += ["### Goals", goals_as_markdown(self.goals)]
         parts += [f"*{note}*" for note in self.notes]
         return "\n\n".join(parts)
 
@@ -155,7 +154,7 @@ def seconds(x: float) -> str:
 
 
 def _with_quartiles(s: Spread) -> str:
-    return f"{number(s.median)} ({number(s.low)}–{number(s.high)})"
+    return f"{number(s.median)} [{number(s.low)}, {number(s.high)}]"
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -171,7 +170,7 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def _rows_as_markdown(rows: Sequence[Row]) -> str:
-    header = ["", "time", "ratio (quartiles)"]
+    header = ["", "time", "ratio [quartiles]"]
     cells = [[row.label, seconds(row.time.median), _with_quartiles(row.ratio)] for row in rows]
     if any(row.first_call for row in rows):
         header.append("first call")
@@ -181,11 +180,11 @@ def _rows_as_markdown(rows: Sequence[Row]) -> str:
 
 
 def goals_as_markdown(goals: Sequence[Goal]) -> str:
-    header = ["", "goal", "measured (quartiles)", "A/A", ""]
+    header = ["", "goal", "measured [quartiles]", "A/A", ""]
     cells = [
         [
             goal.text,
-            f"{'≥' if goal.at_least else '≤'} {goal.limit:.3g} {goal.unit}",
+            f"{'≥' if goal.at_least else '≤'} {goal.limit:.3g} {goal.unit}".rstrip(),
             _with_quartiles(goal.found),
             _with_quartiles(goal.again) if goal.again else "",
             "met" if goal.met else "MISSED",

@@ -17,7 +17,6 @@ import time
 import traceback
 from pathlib import Path
 
-import picture
 from report import Findings, goals_as_markdown
 
 HERE = Path(__file__).resolve().parent
@@ -36,6 +35,7 @@ def main() -> int:
     names = args.only or BENCHMARKS
     failed = []
     for name in names:
+        print(f"--- {name}\n", flush=True)
         # A process each: what one leaves behind is not to slow down the next.
         command = [sys.executable, __file__, "--in-this-process", "--only", name]
         command += ["--out", str(folder)]
@@ -111,6 +111,8 @@ def _goals(findings: list[Findings]) -> str:
 
 def _write(findings: list[Findings], folder: Path) -> None:
     """The tables of every benchmark that has results, and pictures of them."""
+    import picture  # here, since the processes that measure don't need matplotlib
+
     pictures = picture.draw(findings, folder)
     parts = [
         "# Measurements",

@@ -3,8 +3,19 @@
 from ._index import StateIndex
 from ._layers import BatchNorm, SpectralNorm
 from ._operations import get_state, set_state
+from ._serialise import tree_deserialise_leaves, tree_serialise_leaves
 from ._stack import stack
 from ._store import barrier
 
-__all__ = ["BatchNorm", "SpectralNorm", "StateIndex", "barrier", "get_state", "set_state", "stack"]
+__all__ = [
+    "BatchNorm",
+    "SpectralNorm",
+    "StateIndex",
+    "barrier",
+    "get_state",
+    "set_state",
+    "stack",
+    "tree_deserialise_leaves",
+    "tree_serialise_leaves",
+]
 __version__ = "0.1.0"

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from . import _jax, _unknown_jax
+from ._masked_custom import mask_custom_jvp, mask_custom_vjp
 from ._primitives import get_p, set_masked_p
 
 __all__ = ["install"]
@@ -134,6 +135,8 @@ _masked_rules: dict[str, Callable[..., Any]] = {
     "pjit": _mask_jit,
     "checkpoint": _mask_checkpoint,
     "remat2": _mask_checkpoint,
+    "custom_jvp_call": lambda *args: mask_custom_jvp(masked, *args),
+    "custom_vjp_call": lambda *args: mask_custom_vjp(masked, *args),
     "closed_call": _mask_inline("call_jaxpr"),
     "core_call": _mask_inline("call_jaxpr"),
     "eval_jaxpr": lambda params, ins, mask: masked(

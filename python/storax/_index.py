@@ -1,8 +1,11 @@
 """StateIndex: a place to keep state, as a PyTree."""
 
+import copy
 import os
 import sys
 import weakref
+from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox import _compile_utils as eqx_compile_utils
 
-from . import _core, _jax, _store
+from . import _core, _jax, _serialise, _store
 from ._install import install
 from ._slot import Published, Slot, type_parts
 
@@ -114,9 +117,16 @@ class _Aux:
 _FLATTEN_FOR_JIT = getattr(eqx_compile_utils.hashable_partition, "__code__", None)
 
 
-def _is_for_a_jit_cache() -> bool:
-    frame = sys._getframe(2).f_back  # the caller of jax.tree_util.tree_flatten
-    return frame is not None and frame.f_code is _FLATTEN_FOR_JIT
+_TREE_UTIL = jtu.tree_flatten_with_path.__globals__
+_HERE = globals()
+
+
+def _flattener() -> FrameType | None:
+    """Who flattens an index: the caller of a function in jax.tree_util, or of the registry itself."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and (frame.f_globals is _TREE_UTIL or frame.f_globals is _HERE):
+        frame = frame.f_back
+    return frame
 
 
 def _flag_behind(leaf: Any) -> bool | None:
@@ -170,6 +180,7 @@ class StateIndex:
     _row: Any
 
     def __init__(self, inference: bool = False, *, name: str | None = None):
+        _store.check_process()
         install()
         self.inference = inference
         self._held = NOTHING_HELD if inference else None
@@ -180,8 +191,12 @@ class StateIndex:
     # --- PyTree ---
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        caller = _flattener()
+        if caller is not None and caller.f_globals is _serialise.EQUINOX:
+            return _serialise.flatten(self, caller)
         self._look_up()
-        was, weak = _flag_behind(self.inference), _is_for_a_jit_cache()
+        was = _flag_behind(self.inference)
+        weak = caller is not None and caller.f_code is _FLATTEN_FOR_JIT
         row = () if self._rows is None else (self._row,)
         aux = _Aux(self._slot, self._held, self._rows, was, weak)
         return (self.inference, *row, *self._leaves), aux
@@ -204,6 +219,8 @@ class StateIndex:
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: tuple[Any, ...]) -> "StateIndex":
+        if not isinstance(aux, _Aux):
+            return aux.unflatten(children)  # Equinox is saving or loading it
         self = object.__new__(cls)
         self._slot, self._held, self._rows = aux.slot, aux.held, aux.rows
         self.inference, *leaves = children
@@ -238,7 +255,47 @@ class StateIndex:
                 with _jax.eval_now():
                     self._leaves = tuple(x[self._row] for x in published.leaves)
 
+    def _carried(self) -> tuple[Any, ...] | None:
+        """The arrays that a frozen index carries, unless they are just the slot's state."""
+        self._look_up()
+        if self._held is None or self._held is NOTHING_HELD:
+            return None
+        published = self._slot.published
+        as_published = (
+            self.inference is True
+            and published is not None
+            and self._held.version == published.version
+            and all(a is b for a, b in zip(self._leaves, published.leaves, strict=True))
+        )
+        return None if as_published else self._leaves
+
+    def _freeze(self, frozen: bool, carried: Iterable[Any] | None) -> None:
+        """The inverse, for an index with another slot: carries these, or else what is looked up."""
+        self._held, self._leaves = (NOTHING_HELD if frozen else None), ()
+        core = self._slot.core
+        if carried is not None and core.type:
+            parts = type_parts(core.type)
+            self._held = _Held(parts.structure.number, parts.levels, core.version)
+            self._leaves = tuple(carried)
+
     # --- Python ---
+
+    def __copy__(self) -> "StateIndex":
+        copy = object.__new__(type(self))
+        for name in _FIELDS:
+            setattr(copy, name, getattr(self, name))
+        return copy
+
+    def __deepcopy__(self, memo: dict) -> "StateIndex":
+        return _restored(*copy.deepcopy(self._parts(), memo))
+
+    def __reduce__(self) -> Any:
+        return _restored, self._parts()
+
+    def _parts(self) -> tuple[Any, ...]:
+        carried = self._carried()
+        frozen = self._held is not None
+        return self._slot, self.inference, self._rows, self._row, frozen, carried
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -249,6 +306,20 @@ class StateIndex:
 
     def __repr__(self) -> str:
         return f"StateIndex(inference={self.inference}, name={self._slot.core.name!r})"
+
+
+_FIELDS = [name for name in StateIndex.__slots__ if name != "__weakref__"]
+
+
+def _restored(
+    slot: Slot, inference: Any, rows: int | None, row: Any, frozen: bool, carried: Any
+) -> StateIndex:
+    """An index made of its parts. Pickles name this function, so that it must stay where it is."""
+    install()
+    self = object.__new__(StateIndex)
+    self._slot, self.inference, self._rows, self._row = slot, inference, rows, row
+    self._freeze(frozen, carried)
+    return self
 
 
 def _published(slot: Slot) -> Published:

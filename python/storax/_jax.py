@@ -41,6 +41,7 @@ def _private(name: str) -> Any:
 _ad_checkpoint = _private("ad_checkpoint")  # remat_p
 _config = _private("config")  # whether shard_map checks varying axes
 _core = _private("core")  # abstract values, the current trace
+_custom = _private("custom_derivatives")  # the rules inside of custom_jvp and custom_vjp equations
 _dtypes = _private("dtypes")  # short names
 _effects = _private("effects")  # the registries of effects
 _pjit = _private("pjit")  # when a call may take the C++ path
@@ -58,6 +59,7 @@ VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
 Primitive = jax.extend.core.Primitive
 Tracer = jax.core.Tracer
+Array = _private("array").ArrayImpl  # what is really on a device, as jax.Array alone does not say
 Literal = _core.Literal  # jax.extend.core.Literal is the same class
 Zero = _ad.Zero  # the tangent of a constant
 JaxRuntimeError = jax.errors.JaxRuntimeError
@@ -191,6 +193,37 @@ def split_while(params: dict[str, Any], args: Sequence[Any]) -> tuple[list, list
     """A while equation's operands: the condition's constants, the body's, the carry."""
     a, b = params["cond_nconsts"], params["body_nconsts"]
     return list(args[:a]), list(args[a : a + b]), list(args[a + b :])
+
+
+def custom_jvp_rule(params: dict[str, Any]) -> Callable[..., list[Any]]:
+    """The rule of a custom_jvp equation: of flat primals, then tangents; returns the same of results."""
+    _, jvp = _custom.custom_jvp_call_p.get_bind_params(params)["subfuns"]
+    return jvp.call_wrapped
+
+
+def custom_vjp_rules(params: dict[str, Any]) -> tuple[Callable, Callable]:
+    """The rules of a custom_vjp equation, flat: args -> (residuals, results); (res, cts) -> cts."""
+    _, fwd, bwd = _custom.custom_vjp_call_p.get_bind_params(params)["subfuns"]
+    num_consts = params["num_consts"]
+
+    def forward(*args):
+        # Each operand comes with whether it is differentiated; what is closed over never is.
+        pairs = [p for k, x in enumerate(args) for p in (x, k >= num_consts)]
+        out = list(fwd.call_wrapped(*pairs))
+        _, res_tree, forwarded = params["out_trees"]()
+        num_res = res_tree.num_leaves - sum(f is not None for f in forwarded)
+        made = iter(out[:num_res])
+        return [next(made) if f is None else args[f] for f in forwarded], out[num_res:]
+
+    def backward(res, cts):
+        return [None if is_zero(ct) else ct for ct in bwd.call_wrapped(*res, *cts)]
+
+    return forward, backward
+
+
+def is_zero(x: Any) -> bool:
+    """Whether a tangent or cotangent is symbolically zero."""
+    return isinstance(x, (Zero, jax.custom_derivatives.SymbolicZero))
 
 
 # --- Rules for our primitives ---------------------------------------------------------------------

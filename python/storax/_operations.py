@@ -1,5 +1,6 @@
 """get_state and set_state."""
 
+import os
 from typing import Any, TypeVar
 
 import jax
@@ -21,7 +22,21 @@ _TRACED_INDEX = (
 )
 
 
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# Asking for the process id in every operation would cost more than the check is worth.
+os.register_at_fork(after_in_child=_note_fork)
+
+
 def _check_index(index: Any, op: str) -> None:
+    if _forked:
+        _store.check_process()
     if not isinstance(index, StateIndex):
         raise TypeError(
             f"storax.{op}: the first argument must be a storax.StateIndex, not "

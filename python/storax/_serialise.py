@@ -3,14 +3,12 @@
 `equinox.tree_serialise_leaves` and `equinox.tree_deserialise_leaves` see a tree's leaves, and of an
 index that is a flag. So an index that one of them flattens has, in place of the flag, an array of
 bytes as its leaf: its *record*, which holds flag and state. Whoever unflattens makes an index of what
-was loaded. docs/serialisation.md has the format of a record.
+was loaded. _record.py says what that looks like.
 """
 
 import copy
 import functools
 import io
-import json
-import pathlib
 import secrets
 import types
 import weakref
@@ -19,27 +17,17 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from equinox import _serialisation as _equinox
 
-from . import _core, _jax, _snapshot, _store
-from ._slot import Slot, from_stored, leaf_kind, to_stored, type_parts
+from . import _jax, _slot, _snapshot
+from ._record import Record, decode, encode, flag_of
+from ._slot import Slot
 
 __all__ = ["EQUINOX", "flatten", "tree_deserialise_leaves", "tree_serialise_leaves"]
 
 EQUINOX = vars(_equinox)  # the globals of a frame that is saving or loading a tree
-
-_MAGIC = b"storax\x00\x01"  # the last byte is the format's version
-_SIZE = 8  # bytes that say how long the header is
-
-
-class Record(np.ndarray):
-    """A record as a leaf. Of the tree that is loaded into, an empty one: a place for what is loaded."""
-
-    index: Any = None
-
 
 # --- Where Equinox is -----------------------------------------------------------------------------
 
@@ -48,15 +36,18 @@ class _Saving:
     """One call of `equinox.tree_serialise_leaves`."""
 
     def __init__(self) -> None:
-        self.nonce = secrets.token_hex(8)  # tells this call's slots from those of others in one file
-        self.taken: dict[int, tuple[Slot, _snapshot.Snapshot | None]] = {}
+        # A file may have been written in several calls: slots of different calls are different.
+        self.nonce = secrets.token_hex(8)
+        self.taken: dict[int, tuple[str, Slot, _snapshot.Snapshot | None]] = {}
 
     def record(self, index: Any) -> Record:
         slot = index._slot
-        if slot.id not in self.taken:
-            self.taken[slot.id] = slot, _snapshot.take(slot)
-        token = f"{self.nonce}:{list(self.taken).index(slot.id)}"
-        return encode(index, token, self.taken[slot.id][1])
+        taken = self.taken.get(slot.id)
+        if taken is None:
+            token = f"{self.nonce}:{len(self.taken)}"
+            taken = self.taken[slot.id] = token, slot, _snapshot.take(slot)
+        token, _, state = taken
+        return encode(index, token, state)
 
 
 class _Loading:
@@ -108,33 +99,21 @@ def _whereabouts(frame: types.FrameType) -> tuple[str, _Saving | _Loading]:
     made = None
     if at is not None and at.f_globals is EQUINOX:
         made = at.f_locals.get(_MAPPED[at.f_code.co_name])
-    if at is None or made is None or (names and "_ordered_tree_map" not in names):
+    saves = at is not None and at.f_code.co_name == _SAVES
+    if made is None or (saves if not names else "_ordered_tree_map" not in names):
         raise RuntimeError(
             f"storax: Equinox {eqx.__version__} goes through a tree in a way that storax does not know, "
             "and would drop the state in it. Use the Equinox that storax was tested with."
         )
     call = _calls.get(made)
     if call is None:
-        call = _calls[made] = _Saving() if at.f_code.co_name == _SAVES else _Loading()
+        call = _calls[made] = _Saving() if saves else _Loading()
     if not names:
         return "check", call
     return ("leaf" if made.__name__ in names else "spec"), call
 
 
 # --- An index as a node ---------------------------------------------------------------------------
-
-
-def _flag_of(leaf: Any) -> bool | None:
-    """The flag, if that is what the leaf is, if need be as an array or as the shape of one."""
-    if isinstance(leaf, (bool, np.bool_)):
-        return bool(leaf)
-    if isinstance(leaf, _jax.Tracer):
-        return None
-    if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) and leaf.shape == ():
-        if leaf.dtype != np.bool_:
-            return None
-        return False if isinstance(leaf, jax.ShapeDtypeStruct) else bool(leaf)
-    return None
 
 
 class _Node:
@@ -160,11 +139,11 @@ class _Node:
         if isinstance(first, type(self.index)):
             return first  # of a tree of filter specs: made one level further in
         made = copy.copy(self.index)
-        if isinstance(first, Record):
-            return made  # the filter spec left it as it is
         if made._rows is not None:
             made._row = rest.pop(0)
-        if isinstance(first, (np.ndarray, jax.Array)) and _flag_of(self.index.inference) is not None:
+        if isinstance(first, Record):
+            return made  # the filter spec left it as it is
+        if isinstance(first, (np.ndarray, jax.Array)) and flag_of(self.index.inference) is not None:
             decode(np.asarray(first), self.call, made)
             return made
         made.inference, made._leaves = first, tuple(rest)
@@ -182,135 +161,107 @@ def flatten(index: Any, frame: types.FrameType) -> tuple[tuple[Any, ...], Any]:
         # Here the tree meets a tree of specs, made by a `jax.tree.map` over it. What is to be saved
         # or loaded is the index as a whole, whatever its leaves.
         return (flag if callable(flag) else index,), node
-    if what == "spec" or _flag_of(flag) is None:
+    if what == "spec" or flag_of(flag) is None:
         return (flag, *row, *index._leaves), node
     if what == "check":
-        return row, node
+        return (True, *row), node  # the record was checked when it was read
     if isinstance(call, _Saving):
         return (call.record(index), *row), node
-    place = np.empty(0, np.uint8).view(Record)
-    place.index = index
-    return (place, *row), node
+    return (np.empty(0, np.uint8).view(Record), *row), node
 
 
-# --- Records --------------------------------------------------------------------------------------
+# --- The same functions, with messages of ours -------------------------------------------------------
 
 
-def encode(index: Any, token: str, state: _snapshot.Snapshot | None) -> Record:
-    """The record of an index, whose slot is in this state."""
-    header: dict[str, Any] = {
-        "name": index._slot.core.name,
-        "inference": _flag_of(index.inference),
-        "slot": token,
-        "state": None,
-        "carried": None,
-    }
-    data = []
-    if state is not None:
-        treedef = type_parts(state.type_id).structure.treedef
-        header["state"] = _snapshot.describe(state)
-        header["state"]["structure"] = _snapshot.describe_structure(treedef)
-        data += [x for leaves in state.data.values() for x in leaves]
-        carried = index._carried()
-        if carried is not None and all(isinstance(x, jax.Array) for x in carried):
-            kinds = [leaf_kind(x.dtype) for x in carried]
-            header["carried"] = [
-                _snapshot.describe_leaf(k, x.shape) for k, x in zip(kinds, carried, strict=True)
-            ]
-            for x, kind in zip(carried, kinds, strict=True):
-                stored = np.ascontiguousarray(to_stored(x, kind))
-                data.append(stored.reshape(-1).view(np.uint8))
-    text = json.dumps(header).encode()
-    parts = [np.frombuffer(_MAGIC + len(text).to_bytes(_SIZE, "little") + text, np.uint8), *data]
-    return np.concatenate(parts).view(Record)
+@functools.cache
+def _check_equinox() -> None:
+    """Makes sure that this Equinox is one that state gets through."""
+    from ._index import StateIndex
 
-
-def decode(record: np.ndarray, call: _Loading, index: Any) -> None:
-    """Gives an index, a copy of the one in `like`, the flag and the state of a record."""
-    like = index._slot
-    name = like.core.name
-    header, data = _split(record, name)
-    try:
-        token, inference = header["slot"], bool(header["inference"])
-        state = header["state"]
-        snapshot = None
-        if state is not None:
-            treedef = _snapshot.understand_structure(state["structure"], like)
-            snapshot = _snapshot.understand(state, treedef, data)
-        carried = header["carried"] and [_array(*_snapshot.understand_leaf(d), data) for d in header["carried"]]
-        data.finish()
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
-        raise RuntimeError(
-            f"storax: the state of {name} cannot be loaded from this file, where it was saved as "
-            f"{header.get('name')}: {e}."
-        ) from e
-    if snapshot is not None and like.core.type and not like.core.accepts(snapshot.type_id):
-        raise RuntimeError(
-            f"storax: {name} cannot be loaded from this file. In `like` it holds "
-            f"{_core.type_text(like.core.type)}, but the file, where it was saved as "
-            f"{header.get('name')}, has {_core.type_text(snapshot.type_id)}. Load into a model made "
-            "with the arguments that the saved one was made with."
-        )
-    index._slot = call.slot(token, like, snapshot)
-    array = isinstance(index.inference, (jax.Array, np.ndarray))
-    index.inference = jnp.asarray(inference) if array else inference
-    index._freeze(inference, carried)
-
-
-class _Data:
-    """The bytes after the header, handed out leaf by leaf."""
-
-    def __init__(self, data: np.ndarray):
-        self.data = data
-
-    def take(self, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
-        size = _snapshot.num_bytes(kind, shape)
-        if size > self.data.size:
-            raise ValueError("it ends too early")
-        taken, self.data = self.data[:size], self.data[size:]
-        return taken
-
-    def finish(self) -> None:
-        if self.data.size:
-            raise ValueError(f"{self.data.size} bytes too many")
-
-
-def _split(record: np.ndarray, name: str) -> tuple[dict[str, Any], _Data]:
-    if record.shape == () and record.dtype == np.bool_:
-        raise RuntimeError(
-            f"storax: the file has no state for {name}: only its `inference` flag was saved, by "
-            "something that saw no more of it. Save the model anew, with `storax` imported and "
-            "`equinox.tree_serialise_leaves` called on the model itself."
-        )
-    head = len(_MAGIC) + _SIZE
-    start = record[:head].tobytes() if record.ndim == 1 and record.dtype == np.uint8 else b""
-    if not start.startswith(_MAGIC[:-1]) or len(start) < head:
-        raise RuntimeError(
-            f"storax: the file has no state for {name}, but an array {record.dtype}"
-            f"{list(record.shape)} in its place. It was saved from another model."
-        )
-    version = start[len(_MAGIC) - 1]
-    if version != _MAGIC[-1]:
-        raise RuntimeError(
-            f"storax: the state of {name} was saved in version {version} of the format, and this "
-            f"storax knows version {_MAGIC[-1]}. Load it with the storax it was saved with."
-        )
-    size = int.from_bytes(start[len(_MAGIC) :], "little")
-    try:
-        header = json.loads(record[head : head + size].tobytes())
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
-    except ValueError as e:
-        raise RuntimeError(f"storax: the state of {name} in this file is damaged: {e}.") from e
-    return header, _Data(record[head + size :])
-
-
-def _array(kind: Any, shape: tuple[int, ...], data: _Data) -> jax.Array:
-    host = data.take(kind, shape).view(kind.stored).reshape((*shape, *kind.trailing))
-    ordinal = _snapshot.home()
-    device = _jax.local_device(ordinal)
+    index, file = StateIndex(name="self-check"), io.BytesIO()
     with _jax.eval_now():
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        aval = _jax.shaped(host.shape, host.dtype)
-        copied = np.array(host)  # aligned, and nobody else's
-        return from_stored(_jax.array_from_host(copied, aval, sharding, device, False), kind)
+        state = np.arange(3, dtype=np.uint8)
+        structure = _slot.structure_of(jtu.tree_structure(0), [state])
+        type_id = structure.type_id(((3,),), (), ())
+        _snapshot.put(_snapshot.Snapshot(type_id, {_snapshot.home(): [state]}), index._slot)
+        eqx.tree_serialise_leaves(file, [index])
+        file.seek(0)
+        (loaded,) = eqx.tree_deserialise_leaves(file, [StateIndex(name="self-check")])
+    if not loaded._slot.core.accepts(type_id):
+        raise RuntimeError(
+            f"storax: Equinox {eqx.__version__} drops the state in a tree. Use the Equinox that "
+            "storax was tested with."
+        )
+
+
+def tree_serialise_leaves(
+    path_or_file: Any,
+    pytree: Any,
+    filter_spec: Any = eqx.default_serialise_filter_spec,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> None:
+    """Saves the leaves of a PyTree, and the state in it, to a file.
+
+    This is `equinox.tree_serialise_leaves`, which saves state just as well once `storax` is imported.
+    Only its error messages differ.
+
+    **Arguments:**
+
+    - `path_or_file`: where to save to, a path or a binary file-like object.
+    - `pytree`: the PyTree to save. An index in it is saved with its `inference` flag and its state,
+      after the programs that this thread has dispatched.
+    - `filter_spec`: how to save each leaf. Of an index it sees a NumPy array of bytes.
+    - `is_leaf`: as in `jax.tree.map`. An index that is made a leaf, or is inside of one, is not saved.
+
+    **Returns:** `None`.
+
+    **Raises:** `RuntimeError` if a leaf cannot be saved, or an earlier program has failed.
+    """
+    _check_equinox()
+    try:
+        eqx.tree_serialise_leaves(path_or_file, pytree, filter_spec, is_leaf)
+    except _equinox.TreePathError as e:
+        raise RuntimeError(_explain(e, "cannot be saved")) from e
+
+
+def tree_deserialise_leaves(
+    path_or_file: Any,
+    like: Any,
+    filter_spec: Any = eqx.default_deserialise_filter_spec,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
+    """Loads the leaves of a PyTree, and the state in it, from a file.
+
+    This is `equinox.tree_deserialise_leaves`, which loads state just as well once `storax` is
+    imported. Only its error messages differ.
+
+    **Arguments:**
+
+    - `path_or_file`: where to load from, a path or a binary file-like object.
+    - `like`: a PyTree of the same structure as the one that was saved. Its indices may hold a state of
+      the same type, or none: `equinox.filter_eval_shape(Model, ...)` will do.
+    - `filter_spec`: how to load each leaf. Of an index it sees an empty NumPy array of bytes.
+    - `is_leaf`: as in `jax.tree.map`.
+
+    **Returns:** the PyTree that was loaded. Its indices have the state of those that were saved, and
+    share it as those did. Nothing in `like` changes.
+
+    **Raises:** `RuntimeError` if the file is damaged, is that of another model, or has no state for an
+    index, and if a state is of another type than the one that `like` holds.
+    """
+    _check_equinox()
+    try:
+        return eqx.tree_deserialise_leaves(path_or_file, like, filter_spec, is_leaf)
+    except _equinox.TreePathError as e:
+        why = "cannot be loaded: the file ends too early, is damaged, or is that of another model"
+        raise RuntimeError(_explain(e, why)) from e
+
+
+def _explain(error: Any, otherwise: str) -> str:
+    cause: BaseException = error
+    while isinstance(cause, _equinox.TreePathError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, RuntimeError):
+        return str(cause)
+    where = jtu.keystr(error.path) or "the leaf"
+    return f"storax: {where} {otherwise} ({type(cause).__name__}: {cause})."

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from . import _core, _jax, _slot, _store
+from . import _jax, _slot, _store
 from ._slot import LeafKind, Slot, Structure, leaf_kind, type_parts
 
 __all__ = ["Snapshot", "copy_slot", "put", "reduce_slot", "restore_slot", "take"]
@@ -84,10 +84,8 @@ def restore_slot(name: str, state: tuple[dict, Any, list[list[np.ndarray]]] | No
     slot = Slot(name)
     if state is not None:
         description, tree, data = state
-        put(
-            understand(description, jtu.tree_structure(tree), iter(x for xs in data for x in xs)),
-            slot,
-        )
+        each = iter([x for leaves in data for x in leaves])
+        put(understand(description, jtu.tree_structure(tree), lambda *_: next(each)), slot)
     return slot
 
 
@@ -127,8 +125,12 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def understand(description: dict[str, Any], treedef: Any, data: Iterator[Any]) -> Snapshot:
-    """The inverse of `describe`; takes each leaf's bytes from `data`, device by device.
+def understand(
+    description: dict[str, Any],
+    treedef: Any,
+    read: Callable[[LeafKind, tuple[int, ...]], np.ndarray],
+) -> Snapshot:
+    """The inverse of `describe`; `read` returns the next leaf's bytes, device by device.
 
     Raises `ValueError` if that isn't a state, or can't be one in this process.
     """
@@ -143,7 +145,7 @@ def understand(description: dict[str, Any], treedef: Any, data: Iterator[Any]) -
     type_id = structure.type_id(shapes, levels, mesh)
     found = {}
     for device in _place(description["devices"], mesh):
-        found[device] = [_bytes_of(next(data), kind, shape) for kind, shape in leaves]
+        found[device] = [_checked(read(kind, shape), kind, shape) for kind, shape in leaves]
     return Snapshot(type_id, found)
 
 
@@ -158,13 +160,18 @@ def _check_levels(levels: tuple, leaves: list) -> None:
                 raise ValueError(f"{axis!r} is not a batch axis of an array of {rank} dimensions")
 
 
+def home() -> int:
+    """The device that a state is put on that may be on any: the one that JAX puts arrays on."""
+    device = _jax._default_device()
+    return _jax.device_ordinal(device) if device.platform == "cpu" else 0
+
+
 def _place(devices: list[int], mesh: tuple) -> list[int]:
-    """Where to put a state: one per device stays where it was; else, where JAX makes its arrays."""
+    """Where to put a state. If there is one per device, each stays where it was."""
     if not mesh:
         if len(devices) != 1:
             raise ValueError(f"a state without mesh axes cannot be on {len(devices)} devices")
-        device = _jax._default_device()
-        return [_jax.device_ordinal(device) if device.platform == "cpu" else 0]
+        return [home()]
     here = {_jax.device_ordinal(d) for d in jax.local_devices(backend="cpu")}
     if not here.issuperset(devices):
         raise ValueError(
@@ -173,9 +180,9 @@ def _place(devices: list[int], mesh: tuple) -> list[int]:
     return list(devices)
 
 
-def _bytes_of(x: Any, kind: LeafKind, shape: tuple[int, ...]) -> np.ndarray:
-    x = np.ascontiguousarray(x).view(np.uint8).reshape(-1)
-    if x.size != num_bytes(kind, shape):
+def _checked(x: np.ndarray, kind: LeafKind, shape: tuple[int, ...]) -> np.ndarray:
+    # The store reads as many bytes as the type says.
+    if x.dtype != np.uint8 or not x.flags.c_contiguous or x.size != num_bytes(kind, shape):
         raise ValueError(f"{x.size} bytes are not an array {kind.label}{list(shape)}")
     return x
 
@@ -209,7 +216,7 @@ def understand_structure(description: Any, like: Slot) -> Any:
     """The inverse. Nodes of the user's are found in `like`'s state, or in any other in this process."""
     try:
         return jtu.tree_structure(_example(description))
-    except _UserNode as e:
+    except _UserNodeError as e:
         unknown = str(e)
     if like.core.type:
         structure = type_parts(like.core.type).structure
@@ -220,7 +227,7 @@ def understand_structure(description: Any, like: Slot) -> Any:
             return structure.treedef
     try:
         return jtu.tree_structure(_example(description, namedtuples=True))
-    except _UserNode:
+    except _UserNodeError:
         raise ValueError(
             f"the state has PyTree nodes of the type {unknown}, of which a file cannot hold all that "
             "makes one, and nothing like it was used in this process yet. Set the state of `like` "
@@ -238,7 +245,7 @@ def description_of(structure: Structure) -> Any:
     return found
 
 
-class _UserNode(Exception):
+class _UserNodeError(Exception):
     """A node that its name alone does not make."""
 
 
@@ -265,4 +272,4 @@ def _example(description: Any, namedtuples: bool = False) -> Any:
             fields = getattr(found, "_fields", ())
             if len(fields) == len(children):
                 return tuple.__new__(found, children)
-    raise _UserNode(rest[0])
+    raise _UserNodeError(rest[0])

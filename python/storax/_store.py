@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from . import _core, _jax
@@ -212,6 +213,10 @@ def set(
     masks: Sequence[Any] | None = None,
 ) -> None:
     """Copies arrays into the store, those elements where the masks, if given, are true."""
+    if not all(isinstance(x, _jax.Array) for x in state):
+        # Under an eager vmap a NumPy argument gets here as it is.
+        with _jax.eval_now():
+            state = [x if isinstance(x, _jax.Array) else jnp.asarray(np.asarray(x)) for x in state]
     device = _device_of(state, "set_state", slot)
     settle(device)
     type_id = structure.type_id(tuple(x.shape for x in state), levels, mesh)

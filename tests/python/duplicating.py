@@ -1,0 +1,48 @@
+"""The ways to make a model with the same state: copies, pickles, and files of Equinox."""
+
+import copy
+import io
+import pickle
+
+import cloudpickle
+import equinox as eqx
+import jax
+
+import storax
+
+
+def is_index(x):
+    return isinstance(x, storax.StateIndex)
+
+
+def unset(tree):
+    """The same tree with indices that were never set, shared alike."""
+    made = {}
+
+    def replace(x):
+        if not is_index(x):
+            return x
+        index = made.setdefault(x._slot.id, storax.StateIndex(name=f"fresh {len(made)}"))
+        return eqx.tree_at(lambda i: i.inference, index, x.inference)
+
+    return jax.tree.map(replace, tree, is_leaf=is_index)
+
+
+def save(tree, module=eqx, **kwargs):
+    file = io.BytesIO()
+    module.tree_serialise_leaves(file, tree, **kwargs)
+    return file.getvalue()
+
+
+def load(data, like, module=eqx, **kwargs):
+    return module.tree_deserialise_leaves(io.BytesIO(data), like, **kwargs)
+
+
+DUPLICATES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda tree: pickle.loads(pickle.dumps(tree)),
+    "cloudpickle": lambda tree: cloudpickle.loads(cloudpickle.dumps(tree)),
+    "file": lambda tree: load(save(tree), tree),
+    "file, into what was never set": lambda tree: load(save(tree), unset(tree)),
+    "file, by storax": lambda tree: load(save(tree, storax), unset(tree), storax),
+}

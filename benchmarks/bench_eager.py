@@ -24,7 +24,7 @@ def measure(quick: bool, large: bool) -> Findings:
         "Outside of `jax.jit`, on one array. An operation on state waits for the programs that the "
         "thread has dispatched, if any live program has state at all.",
     )
-    clock = Clock(rounds=20 if quick else 300, seconds=0.0005)
+    clock = Clock(rounds=20 if quick else 300, seconds=0.001)
     _measure(found, clock, "no program with state exists")
     program = _program_with_state()
     _measure(found, clock, "programs with state exist")

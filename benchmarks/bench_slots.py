@@ -53,7 +53,7 @@ def _measure(found: Findings, n: int, contenders: Sequence[Contender], quick: bo
     for each in counted.values():
         each.check(calls=3)
     rounds = 20 if quick else 300 if n < 1000 else 60
-    samples = Clock(rounds, seconds=0.0005).measure(
+    samples = Clock(rounds, seconds=0.001).measure(
         {key: repeated(each) for key, each in counted.items()}
     )
     for each in counted.values():

@@ -60,23 +60,30 @@ class Clock:
 
     def measure(self, runs: Mapping[str, Run]) -> Samples:
         """Runs the contenders in turn. They have run before: nothing is left to be compiled."""
-        calls = {name: self._calls(run) for name, run in runs.items()}
+        best = {name: self._roughly(run) for name, run in runs.items()}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         order = list(runs)
         shuffle = random.Random(0).shuffle
+        warm_up = -(-self.rounds // 10)
         with _collecting_between_rounds() as collect:
-            for _ in range(self.rounds):
+            for i in range(warm_up + self.rounds):
                 shuffle(order)
                 collect()
                 for name in order:
-                    seconds[name].append(_timed(runs[name], calls[name]) / calls[name])
+                    # Waiting for the last call costs too, so contenders of one speed must make as
+                    # many calls: by their best times, which others' load doesn't touch.
+                    calls = max(1, round(self.seconds / best[name]))
+                    taken = _timed(runs[name], calls) / calls
+                    best[name] = min(best[name], taken)
+                    if i >= warm_up:
+                        seconds[name].append(taken)
         return Samples(seconds)
 
-    def _calls(self, run: Run) -> int:
+    def _roughly(self, run: Run) -> float:
         calls = 1
-        while (taken := _timed(run, calls)) < self.seconds / 4:
+        while (taken := _timed(run, calls)) < self.seconds:
             calls *= 2
-        return max(1, round(calls * self.seconds / taken))
+        return taken / calls
 
 
 def _timed(run: Run, calls: int) -> float:

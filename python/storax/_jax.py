@@ -128,9 +128,15 @@ def vary_over_mesh(aval: Any) -> Any:
     if not names or not _config._check_vma.value:
         return aval
     manual = getattr(aval, "manual_axis_type", None)
-    if manual is not None:
-        return aval.update(manual_axis_type=manual.update(varying=names))
-    return aval.update(vma=names)
+    if manual is None:
+        return aval.update(vma=names)
+    changes = {"manual_axis_type": manual.update(varying=names)}
+    if aval.sharding is None or aval.sharding.mesh.empty:
+        # An array from outside of the mesh, closed over.
+        mesh = jax.sharding.get_abstract_mesh()
+        spec = jax.sharding.PartitionSpec(*[None] * aval.ndim)
+        changes["sharding"] = jax.sharding.NamedSharding(mesh, spec)
+    return aval.update(**changes)
 
 
 def make_varying(x: Any, names: frozenset[str]) -> Any:

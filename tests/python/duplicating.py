@@ -22,8 +22,11 @@ def unset(tree):
     def replace(x):
         if not is_index(x):
             return x
-        index = made.setdefault(x._slot.id, storax.StateIndex(name=f"fresh {len(made)}"))
-        return eqx.tree_at(lambda i: i.inference, index, x.inference)
+        fresh = made.setdefault(x._slot.id, storax.StateIndex(name=f"fresh {len(made)}"))
+        index = copy.copy(x)
+        index._slot = fresh._slot
+        index._freeze(x.inference is True, None)
+        return index
 
     return jax.tree.map(replace, tree, is_leaf=is_index)
 

@@ -1,0 +1,344 @@
+"""State per device under shard_map and pmap, on four virtual CPU devices."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import storax
+
+MESH = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+MESH2 = jax.make_mesh((2, 2), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
+X = np.arange(4, dtype=np.float32)
+S0 = np.array([1, 2, 3, 4], np.float32)
+ZERO = jnp.float32(0)
+
+
+def shard(f, mesh=MESH, in_specs=P("i"), out_specs=P("i"), **kwargs):
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **kwargs)
+
+
+def get(index):
+    return storax.get_state(index, ZERO)
+
+
+def inc(index, x):
+    s = get(index)
+    storax.set_state(index, s + x.reshape(-1)[0])
+    return x * s
+
+
+@pytest.fixture(params=[True, False], ids=["check_vma", "no check_vma"])
+def vma(request):
+    return request.param
+
+
+def per_device(values=S0, mesh=MESH, spec=P("i"), vma=True):
+    """An index whose state is values[k] on device k."""
+    index = storax.StateIndex(name="per device")
+
+    def init(v):
+        storax.set_state(index, v.reshape(v.shape[len(spec) :] if len(spec) > 1 else v.shape[1:]))
+        return v
+
+    jax.jit(shard(init, mesh, spec, spec, check_vma=vma))(jnp.asarray(values))
+    return index
+
+
+def read(index, mesh=MESH, spec=P("i"), vma=True, shape=()):
+    f = lambda v: (
+        storax.get_state(index, jnp.zeros(shape))[(None,) * len(spec)]
+        + 0 * v.reshape(v.shape + (1,) * len(shape))
+    )
+    sizes = tuple(mesh.shape[name] for name in spec)
+    return np.asarray(jax.jit(shard(f, mesh, spec, spec, check_vma=vma))(jnp.zeros(sizes)))
+
+
+def grad_of_scan_of_checkpoint(index):
+    def step(c, _):
+        s = get(index)
+        storax.set_state(index, s + 1)
+        return c * s, None
+
+    return jax.grad(lambda x: lax.scan(jax.checkpoint(step), x, None, length=3)[0].sum())
+
+
+PROGRAMS = {
+    "counter": (lambda i: lambda x: inc(i, x), X * S0, S0 + X),
+    "psum of state": (
+        lambda i: (
+            lambda x: (
+                storax.set_state(i, get(i) + lax.psum(get(i), "i")),
+                x * lax.psum(get(i), "i"),
+            )[1]
+        ),
+        X * 50,
+        S0 + 10,
+    ),
+    "set what does not vary": (
+        lambda i: lambda x: (storax.set_state(i, lax.psum(x[0], "i")), x + get(i))[1],
+        X + 6,
+        np.full(4, 6.0),
+    ),
+    "scan": (
+        lambda i: lambda x: lax.scan(lambda c, _: (inc(i, c), None), x, None, length=3)[0],
+        X * S0 * (S0 + X) * (S0 + X + X * S0),
+        S0 + X + X * S0 + X * S0 * (S0 + X),
+    ),
+    "scan with ppermute": (
+        lambda i: (
+            lambda x: lax.scan(
+                lambda c, _: (
+                    storax.set_state(
+                        i, lax.ppermute(get(i), "i", [(k, (k + 1) % 4) for k in range(4)])
+                    ),
+                    (c, None),
+                )[1],
+                x,
+                None,
+                length=7,
+            )[0]
+        ),
+        X,
+        np.roll(S0, 7),
+    ),
+    "cond on the device's own predicate": (
+        lambda i: lambda x: lax.cond(x[0] > 1, lambda x: inc(i, x), lambda x: x, x),
+        np.where(X > 1, X * S0, X),
+        np.where(X > 1, S0 + X, S0),
+    ),
+    "while with the device's own trip count": (
+        lambda i: (
+            lambda x: lax.while_loop(
+                lambda c: get(i) < 6, lambda c: (storax.set_state(i, get(i) + 1), c + 1)[1], x
+            )
+        ),
+        X + 6 - S0,
+        np.full(4, 6.0),
+    ),
+    "grad inside": (
+        lambda i: jax.grad(lambda x: (inc(i, lax.stop_gradient(x)), (x**2 * get(i)).sum())[1]),
+        2 * X * (S0 + X),
+        S0 + X,
+    ),
+    "grad of scan of checkpoint": (grad_of_scan_of_checkpoint, S0 * (S0 + 1) * (S0 + 2), S0 + 3),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_shard_map(program, vma):
+    make, want, want_state = PROGRAMS[program]
+    index = per_device(vma=vma)
+    for _ in range(2):
+        per_device_again = jax.jit(
+            shard(lambda v, i=index: (storax.set_state(i, v[0]), v)[1], check_vma=vma)
+        )
+        per_device_again(jnp.asarray(S0))
+        got = jax.jit(shard(make(index), check_vma=vma))(jnp.asarray(X))
+        np.testing.assert_allclose(got, want)
+        np.testing.assert_allclose(read(index, vma=vma), want_state)
+
+
+@pytest.mark.parametrize(
+    "program", [p for p in PROGRAMS if p != "while with the device's own trip count"]
+)
+def test_pmap(program):
+    make, want, want_state = PROGRAMS[program]
+    index = storax.StateIndex()
+    f = make(index)
+    jax.pmap(lambda v: storax.set_state(index, v), axis_name="i")(jnp.asarray(S0))
+    got = jax.pmap(lambda x: f(x[None])[0], axis_name="i")(jnp.asarray(X))
+    np.testing.assert_allclose(got, want)
+    state = jax.pmap(lambda x: get(index) + 0 * x, axis_name="i")(jnp.asarray(X))
+    np.testing.assert_allclose(state, want_state)
+
+
+def test_grad_and_checkpoint_outside(vma):
+    def count(index):
+        def f(x):
+            s = get(index)
+            storax.set_state(index, s + 1)
+            return jnp.sin(x) * s
+
+        return shard(f, check_vma=vma)
+
+    for wrap in (lambda f: f, jax.checkpoint):
+        index = per_device(vma=vma)
+        f = wrap(count(index))
+        grads = jax.jit(jax.grad(lambda x: f(x).sum()))(jnp.asarray(X))
+        np.testing.assert_allclose(grads, np.cos(X) * S0, rtol=1e-6)
+        np.testing.assert_allclose(read(index, vma=vma), S0 + 1)
+
+
+def test_scan_outside(vma):
+    index = per_device(vma=vma)
+    f = shard(lambda x: inc(index, x), check_vma=vma)
+    got = jax.jit(lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0])(
+        jnp.asarray(X)
+    )
+    np.testing.assert_allclose(got, X * S0 * (S0 + X))
+    np.testing.assert_allclose(read(index, vma=vma), S0 + X + X * S0)
+
+
+def test_eager_shard_map():
+    index = per_device()
+    np.testing.assert_allclose(shard(lambda x: inc(index, x))(jnp.asarray(X)), X * S0)
+    np.testing.assert_allclose(read(index), S0 + X)
+
+
+def test_two_axes(vma):
+    spec = P("i", "j")
+    values, x = S0.reshape(2, 2), X.reshape(2, 2)
+    index = per_device(values, MESH2, spec, vma=vma)
+    f = shard(lambda x: inc(index, x), MESH2, spec, spec, check_vma=vma)
+    np.testing.assert_allclose(jax.jit(f)(jnp.asarray(x)), x * values)
+    np.testing.assert_allclose(read(index, MESH2, spec, vma=vma), values + x)
+
+
+def test_vmap_inside_and_masked(vma):
+    index = storax.StateIndex()
+    x = jnp.arange(8.0)
+    batched = lambda f: jax.jit(shard(lambda x: jax.vmap(f)(x), check_vma=vma))
+    batched(lambda x: (storax.set_state(index, 0 * x), x)[1])(x)
+
+    def program(x):
+        def body(c):
+            storax.set_state(index, storax.get_state(index, 0 * x) + c)
+            return c + 1
+
+        x = lax.while_loop(lambda c: c < 4, body, x)
+        return lax.cond(x > 5, body, lambda x: x, x)
+
+    out = batched(program)(x)
+    want, state = np.zeros(8), np.zeros(8)
+    for k in range(8):
+        c = k
+        while c < 4:
+            state[k] += c
+            c += 1
+        if c > 5:
+            state[k] += c
+            c += 1
+        want[k] = c
+    np.testing.assert_allclose(out, want)
+    got = batched(lambda x: storax.get_state(index, 0 * x))(x)
+    np.testing.assert_allclose(got, state)
+
+
+def test_partly_manual_is_refused():
+    index = storax.StateIndex(name="partly")
+    f = shard(
+        lambda x: (storax.set_state(index, x.sum()), x)[1],
+        MESH2,
+        P("i", None),
+        P("i", None),
+        axis_names={"i"},
+    )
+    with pytest.raises(NotImplementedError, match=r"'partly'.*\['j'\].*storax.jit"):
+        jax.jit(f)(jnp.ones((2, 2)))
+
+
+def test_a_reversed_mesh_is_the_same_devices():
+    reverse = Mesh(np.array(jax.devices())[::-1], ("i",))
+    index = per_device()
+    got = jax.jit(shard(lambda x: inc(index, x), reverse))(jnp.asarray(X))
+    np.testing.assert_allclose(got, X * S0[::-1])
+    np.testing.assert_allclose(read(index), S0 + X[::-1])
+
+
+def test_never_set_on_a_device_and_mixed_up():
+    index = storax.StateIndex(name="mixed")
+    with pytest.raises(RuntimeError, match=r"'mixed'.*nothing has been set"):
+        jax.block_until_ready(jax.jit(shard(lambda x: x + get(index)))(jnp.asarray(X)))
+    index = per_device()
+    with pytest.raises(RuntimeError, match=r"'per device'.*mapped over mesh axes 'i' of size 4"):
+        jax.block_until_ready(jax.jit(lambda: get(index))())
+
+
+def test_from_the_host():
+    index = per_device()
+    np.testing.assert_allclose(storax.get_state(index, jnp.zeros(4)), S0)
+    f = shard(lambda x: inc(index, x))
+    jax.jit(f)(jnp.asarray(X))
+    np.testing.assert_allclose(storax.get_state(index, jnp.zeros(4)), S0 + X)
+    values = S0.reshape(2, 2)
+    both = per_device(values, MESH2, P("i", "j"))
+    np.testing.assert_allclose(storax.get_state(both, jnp.zeros((2, 2))), values)
+    with pytest.raises(RuntimeError, match=r"'per device'"):
+        storax.get_state(both, jnp.zeros(4))
+
+
+def test_random_programs_run_in_order_on_every_device():
+    rng = np.random.default_rng(1)
+    for _ in range(6):
+        ops = [
+            (rng.integers(4), rng.integers(3), rng.integers(3), float(rng.integers(1, 4)))
+            for _ in range(8)
+        ]
+        length = int(rng.integers(1, 6))
+        start = rng.integers(0, 4, (3, 4)).astype(np.float32)
+        indices = [per_device(row) for row in start]
+
+        def body(c, ops=ops, indices=indices):
+            for op, a, b, v in ops:
+                other = get(indices[b])
+                if op == 0:
+                    storax.set_state(indices[a], (other + v) % 17)
+                elif op == 1:
+                    storax.set_state(indices[a], lax.psum(other, "i") % 13)
+                elif op == 2:
+                    c = (c * 2 + get(indices[a])) % 101
+                else:
+                    ring = [(k, (k + 1) % 4) for k in range(4)]
+                    storax.set_state(indices[a], lax.ppermute(other, "i", ring) + v)
+            return c
+
+        state, c = start.copy(), np.arange(4.0)
+        for _ in range(length):
+            for op, a, b, v in ops:
+                if op == 0:
+                    state[a] = (state[b] + v) % 17
+                elif op == 1:
+                    state[a] = state[b].sum() % 13
+                elif op == 2:
+                    c = (c * 2 + state[a]) % 101
+                else:
+                    state[a] = np.roll(state[b], 1) + v
+        f = lambda x, n=length: lax.scan(lambda c, _: (body(c), None), x, None, length=n)[0]
+        np.testing.assert_allclose(jax.jit(shard(f))(jnp.arange(4.0)), c)
+        for index, want in zip(indices, state, strict=True):
+            np.testing.assert_allclose(read(index), want)
+
+
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
+def test_batch_norm_over_devices_is_batch_norm_of_the_whole_batch(how):
+    xs = jax.random.normal(jax.random.key(0), (8, 3))
+    one, many = (
+        storax.BatchNorm(3, "batch", mode="batch"),
+        storax.BatchNorm(3, "batch", mode="batch"),
+    )
+    batched = lambda bn: jax.vmap(bn, axis_name="batch")
+    for k in range(3):
+        x = xs * (k + 1) + k
+        want = jax.jit(batched(one))(x)
+        over = storax.BatchNorm
+        if how == "shard_map":
+            layer = eqx.tree_at(lambda b: b.axis_name, many, ("batch", "i")) if False else many
+            del over
+            got = jax.jit(shard(lambda x, bn=layer: per_shard(bn, x)))(x)
+        else:
+            got = jax.pmap(lambda x: per_shard(many, x), axis_name="i")(x.reshape(4, 2, 3)).reshape(
+                8, 3
+            )
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def per_shard(bn, x):
+    return jax.vmap(bn, axis_name="batch")(x)
+
+
+_ = NamedSharding

@@ -1,0 +1,395 @@
+"""Saving and loading by Equinox's own functions; test_copies.py has what files share with copies."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import storax
+from duplicating import is_index, load, save, unset
+from storax import _core, _record
+
+ZERO = jnp.float32(0)
+
+
+class Net(eqx.Module):
+    norm: storax.BatchNorm
+    linear: eqx.nn.Linear
+    calls: storax.StateIndex
+
+    def __init__(self, key, size=3):
+        self.norm = storax.BatchNorm(size, axis_name="batch")
+        self.linear = eqx.nn.Linear(2, size, key=key)
+        self.calls = storax.StateIndex(name="calls")
+        storax.set_state(self.calls, jnp.int32(0))
+
+    def __call__(self, x):
+        if not self.calls.inference:
+            storax.set_state(self.calls, storax.get_state(self.calls, jnp.int32(0)) + 1)
+        return self.norm(self.linear(x))
+
+
+KEY = jax.random.key(0)
+XS = jnp.arange(8.0).reshape(4, 2)
+
+
+@pytest.fixture
+def net():
+    net = Net(KEY)
+    for k in range(3):
+        jax.vmap(net, axis_name="batch")(XS * (k + 1))
+    return net
+
+
+def calls(net):
+    return int(storax.get_state(net.calls, jnp.int32(0)))
+
+
+def predict(net):
+    return jax.vmap(eqx.nn.inference_mode(net), axis_name="batch")(XS)
+
+
+def causes(error):
+    """What is written under `raise ... from`, innermost last."""
+    found = []
+    while error is not None:
+        found.append(str(error))
+        error = error.__cause__
+    return "\n".join(found)
+
+
+# --- Models ---
+
+
+@pytest.mark.parametrize("module", [eqx, storax])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_model(net, module, inference, tmp_path):
+    if inference:
+        net = eqx.nn.inference_mode(net)
+    module.tree_serialise_leaves(tmp_path / "net", net)
+    assert (tmp_path / "net.eqx").exists()
+    for like in (
+        net,
+        Net(jax.random.key(1)),
+        eqx.filter_eval_shape(Net, KEY),
+        unset(eqx.nn.inference_mode(net)),
+    ):
+        loaded = module.tree_deserialise_leaves(tmp_path / "net.eqx", like)
+        assert calls(loaded) == 3
+        assert loaded.calls.inference is loaded.norm.inference is inference
+        np.testing.assert_array_equal(predict(loaded), predict(net))
+        if not inference:
+            jax.vmap(loaded, axis_name="batch")(XS)
+            assert (calls(loaded), calls(net)) == (4, 3)
+
+
+def test_another_process(net, tmp_path):
+    eqx.tree_serialise_leaves(tmp_path / "net.eqx", net)
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import equinox as eqx, jax, jax.numpy as jnp
+from test_serialise import KEY, Net, calls, predict
+like = eqx.filter_eval_shape(Net, KEY)
+net = eqx.tree_deserialise_leaves({str(tmp_path / "net.eqx")!r}, like)
+print(calls(net), predict(net).tolist())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    count, outputs = done.stdout.split(" ", 1)
+    assert int(count) == 3
+    np.testing.assert_allclose(json.loads(outputs), predict(net), rtol=1e-6)
+
+
+def test_a_model_and_what_goes_with_it(net):
+    """An optimiser's state has the model's structure, its indices' slots included, and no state."""
+    moments = jax.tree.map(jnp.zeros_like, eqx.filter(net, eqx.is_inexact_array))
+    for tree in ({"m": net, "o": moments}, {"a": moments, "m": net}):
+        for like in (tree, unset(tree)):
+            loaded = load(save(tree), like)
+            m, o = (loaded[k] for k in sorted(loaded, key=lambda k: k != "m"))
+            added = eqx.apply_updates(m, o)
+            assert calls(added) == 3
+            storax.set_state(added.calls, jnp.int32(9))
+            assert (calls(m), calls(net)) == (9, 3)
+    alone = load(save(moments), moments)
+    assert calls(eqx.apply_updates(net, alone)) == 3
+
+
+def test_a_frozen_model_in_two_halves(net):
+    frozen = eqx.nn.inference_mode(net)
+    params, static = eqx.partition(frozen, eqx.is_array)
+    like = jax.tree.map(lambda x: x * 0, params)
+    loaded = eqx.combine(load(save(params), like), static)
+    np.testing.assert_array_equal(predict(loaded), predict(net))
+
+
+def test_flags_that_are_arrays(net):
+    index = jax.tree.map(jnp.asarray, net.calls)
+    loaded = load(save(index), jax.tree.map(jnp.asarray, unset(net.calls)))
+    assert isinstance(loaded.inference, jax.Array) and not loaded.inference
+    assert int(storax.get_state(jax.tree.map(bool, loaded), jnp.int32(0))) == 3
+    like = jax.eval_shape(lambda: storax.StateIndex())
+    assert isinstance(like.inference, jax.ShapeDtypeStruct)
+    assert int(storax.get_state(load(save(index), like), jnp.int32(0))) == 3
+
+
+def test_two_saves_in_one_file():
+    """Whose slots have nothing to do with each other, though loaded together."""
+    file = io.BytesIO()
+    for k in range(2):
+        index = storax.StateIndex(name="either")
+        storax.set_state(index, jnp.float32(k))
+        eqx.tree_serialise_leaves(file, index)
+    file.seek(0)
+    loaded = eqx.tree_deserialise_leaves(file, [storax.StateIndex(), storax.StateIndex()])
+    assert [float(storax.get_state(i, ZERO)) for i in loaded] == [0, 1]
+
+
+# --- Filter specs ---
+
+
+def test_specs_that_leave_the_state_alone(net):
+    skip = lambda default: lambda f, x: x if isinstance(x, np.ndarray) else default(f, x)
+    data = save(net, filter_spec=skip(eqx.default_serialise_filter_spec))
+    assert b"storax" not in data
+    like = Net(jax.random.key(1))
+    loaded = load(data, like, filter_spec=skip(eqx.default_deserialise_filter_spec))
+    assert jnp.array_equal(loaded.linear.weight, net.linear.weight)
+    storax.set_state(loaded.calls, jnp.int32(7))
+    assert calls(like) == 7
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_specs_for_each_leaf(net, inference):
+    if inference:
+        net = eqx.nn.inference_mode(net)
+    like = unset(net)
+    specs = lambda spec, tree: jax.tree.map(lambda _: spec, tree)
+    data = save(net, filter_spec=specs(eqx.default_serialise_filter_spec, net))
+    for spec in (
+        specs(eqx.default_deserialise_filter_spec, like),
+        eqx.default_deserialise_filter_spec,
+    ):
+        loaded = load(data, like, filter_spec=spec)
+        assert calls(loaded) == 3 and calls(net) == 3
+        np.testing.assert_array_equal(predict(loaded), predict(net))
+        assert loaded.calls._slot.id not in (net.calls._slot.id, like.calls._slot.id)
+    specs_of = eqx.tree_at(
+        lambda m: m.calls, specs(eqx.default_deserialise_filter_spec, like), lambda f, x: x
+    )
+    assert (
+        load(
+            save(
+                net,
+                filter_spec=eqx.tree_at(
+                    lambda m: m.calls,
+                    specs(eqx.default_serialise_filter_spec, net),
+                    lambda f, x: None,
+                ),
+            ),
+            like,
+            filter_spec=specs_of,
+        ).calls
+        == like.calls
+    )
+
+
+def test_specs_of_ones_own(net):
+    """As the documentation of Equinox has them."""
+    write = lambda f, x: jnp.save(f, x) if eqx.is_array(x) else None
+    read = lambda f, x: jnp.load(f) if eqx.is_array(x) else x
+    loaded = load(save(net, filter_spec=write), unset(net), filter_spec=read)
+    assert calls(loaded) == 3
+
+
+def test_is_leaf(net):
+    is_none = lambda x: x is None
+    loaded = load(save(net, is_leaf=is_none), unset(net), is_leaf=is_none)
+    assert calls(loaded) == 3
+
+
+# --- Errors: each says what is wrong, and nothing changes ---
+
+
+def contents(tree):
+    """Slots, what they hold and how often they were set."""
+    indices = [x for x in jax.tree.leaves(tree, is_leaf=is_index) if is_index(x)]
+    return [(i._slot.id, i._slot.core.version, i._slot.core.type) for i in indices]
+
+
+def fails(data, like, match, module):
+    before, usage = contents(like), _core.usage()
+    with pytest.raises(RuntimeError) as raised:
+        load(data, like, module)
+    text = str(raised.value) if module is storax else causes(raised.value)
+    assert re.search(match, text), text
+    assert contents(like) == before
+    del raised
+    assert _core.usage()[:2] == usage[:2]
+
+
+@pytest.fixture(params=[eqx, storax], ids=["equinox", "storax"])
+def module(request):
+    return request.param
+
+
+def test_a_truncated_file(net):
+    data = save(net)
+    like = Net(KEY)
+    for length in [*range(0, len(data), 97), len(data) - 1]:
+        fails(data[:length], like, r"ends too early, is damaged, or is that of another", storax)
+        fails(data[:length], like, r"Error at leaf", eqx)
+
+
+def test_another_models_file(net, module):
+    other = {"index": net.calls, "a": jnp.zeros(2)}
+    swapped = {"index": jnp.zeros(2), "a": net.calls}
+    match = r"'calls', but an array float32\[2\] in its place. It was saved from another model"
+    fails(save(other), swapped, match, module)
+    match = "changed dtype|changed shape|invalid"
+    fails(save(swapped), other, match, module)
+
+
+def test_another_type(net, module):
+    match = (
+        r"BatchNorm cannot be loaded .*it holds \(f32\[4\], f32\[4\]\).*has \(f32\[3\], f32\[3\]\)"
+    )
+    tree = lambda net: [net.norm.state_index]
+    fails(save(tree(net)), tree(Net(KEY, size=4)), match, module)
+    loaded = load(save(tree(net)), unset(tree(Net(KEY, size=4))))  # nothing to differ from yet
+    with pytest.raises(RuntimeError, match=r"holds \(f32\[3\], f32\[3\]\), but `like` is"):
+        storax.get_state(loaded[0], (jnp.zeros(4), jnp.ones(4)))
+
+
+def test_a_file_without_state(net, module):
+    file = io.BytesIO()
+    np.save(file, np.array(False))
+    fails(
+        file.getvalue(), net.calls, "no state for StateIndex 'calls': only its `inference`", module
+    )
+
+
+def rewritten(record, **changes):
+    """A record with other members in its header."""
+    start = 8 + 8
+    size = int.from_bytes(record[8:start].tobytes(), "little")
+    header = json.loads(record[start : start + size].tobytes())
+    for path, new in changes.items():
+        *parents, last = path.split("__")
+        at = header
+        for name in parents:
+            at = at[int(name) if name.isdigit() else name]
+        at[last] = new
+    text = json.dumps(header).encode()
+    return b"".join(
+        [
+            record[:8].tobytes(),
+            len(text).to_bytes(8, "little"),
+            text,
+            record[start + size :].tobytes(),
+        ]
+    )
+
+
+DAMAGES = {
+    "state__leaves__0__dtype": ("object", "no arrays of dtype 'object'"),
+    "state__leaves__0__shape": ([1 << 40], "ends too early"),
+    "state__leaves": ([], "do not make up"),
+    "state__levels": ([[[5], False]], "not a batch axis"),
+    "state__devices": ([0, 1], "cannot be on 2 devices"),
+    "state__mesh": ([["i", 4]], "bytes too many|cannot be loaded|devices"),
+    "state__structure": (["set", ["*"]], "no kind of node"),
+    "slot": ({}, "loaded"),
+    "state": (3, "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_record(what):
+    index = storax.StateIndex(name="damaged")
+    storax.set_state(index, jnp.arange(3.0))
+    record = np.load(io.BytesIO(save(index)))
+    new, match = DAMAGES[what]
+    file = io.BytesIO()
+    np.save(file, np.frombuffer(rewritten(record, **{what: new}), np.uint8))
+    fails(file.getvalue(), index, match, storax)
+
+
+def test_a_later_version_of_the_format(module):
+    index = storax.StateIndex(name="new")
+    record = np.load(io.BytesIO(save(index)))
+    assert bytes(record[:8]) == b"storax\x00\x01"
+    record[7] = 2
+    file = io.BytesIO()
+    np.save(file, record)
+    fails(file.getvalue(), index, "'new' was saved in version 2 of the format", module)
+
+
+def test_an_unknown_equinox(net, monkeypatch):
+    """Where no state would be saved, say so."""
+    monkeypatch.setitem(_record.__dict__, "encode", None)
+    source = "def tree_serialise_leaves(tree):\n  return jtu.tree_flatten(tree)\n"
+    space = {}
+    exec(source, eqx.tree_serialise_leaves.__globals__, space)
+    with pytest.raises(RuntimeError, match="in a way that storax does not know"):
+        space["tree_serialise_leaves"](net)
+
+
+# --- Structures that a file cannot hold in full ---
+
+
+class Local(NamedTuple):
+    a: Any
+
+
+class Node(eqx.Module):
+    a: jax.Array
+    n: int = eqx.field(static=True)
+
+
+def in_new_process(state, data):
+    program = f"""
+import sys, io
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import equinox as eqx, jax.numpy as jnp, storax
+import test_serialise as t
+data = sys.stdin.buffer.read()
+index = storax.StateIndex(name="index")
+state = {state}
+try:
+    loaded = storax.tree_deserialise_leaves(io.BytesIO(data), index)
+except RuntimeError as e:
+    print("refused:", e)
+    eqx.filter_eval_shape(lambda: storax.set_state(index, state))  # as a constructor would
+    loaded = storax.tree_deserialise_leaves(io.BytesIO(data), index)
+print(storax.get_state(loaded, state))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=data, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_namedtuples_and_modules_in_another_process():
+    index = storax.StateIndex()
+    storax.set_state(index, Local(jnp.int32(3)))
+    assert (
+        in_new_process("t.Local(jnp.int32(0))", save(index)) == "Local(a=Array(3, dtype=int32))\n"
+    )
+    index = storax.StateIndex()
+    storax.set_state(index, Node(jnp.int32(3), 5))
+    text = in_new_process("t.Node(jnp.int32(0), 5)", save(index))
+    assert re.match(r"refused: .*test_serialise:Node, of which.*Set the state", text)
+    assert text.endswith("Node(a=i32[], n=5)\n")

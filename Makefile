@@ -96,6 +96,10 @@ $(VENV)/.extension: $(SOURCES) $(VENV)/.build $(VENV)/.modules
 
 # An editable install knows the modules there were when it was made: notice a new one.
 $(VENV)/.modules: $(VENV)/.created FORCE
+ifneq ($(origin PYTHON),file)
+	@test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || { echo "$(VENV) was made with" \
+	  "$$($(BIN)/python -V), not with $(PYTHON): give VENV=... another name, or make clean."; exit 1; }
+endif
 	@find python -name '*.py' | sort > $@.now
 	@if cmp -s $@.now $@; then rm $@.now; else mv $@.now $@; fi
 

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from report import Findings, Goal, number, seconds
+from timing import AGAIN
 
 __all__ = ["draw"]
 
@@ -59,81 +60,69 @@ def _tidy(ax: Axes) -> None:
 
 
 def _draw_slots(found: Findings) -> Figure:
-    tables = found.tables
-    counts = [table.at["slots"] for table in tables]
-    labels = {row.key: row.label for table in tables for row in table.rows if row.key != "again"}
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    labels = {row.key: row.label for table in found.tables for row in table.rows}
+    labels.pop(AGAIN, None)
+    counts = [table.at["slots"] for table in found.tables]
+    figure = Figure(figsize=(9.5, 5.4), layout="constrained")
     ax = figure.subplots()
-    ends = {}
-    for key in labels:
-        points = [(n, row.time) for n, t in zip(counts, tables, strict=True) if (row := t.row(key))]
+    ends = []
+    for key, label in labels.items():
+        rows = {table.at["slots"]: table.row(key) for table in found.tables}
+        points = [(n, row.time.median) for n, row in rows.items() if row]
         ours = key.startswith("storax")
+        strong = ours or key == "hand"
         colour = COLOURS[key if ours else key.split("-")[0]]
-        x = [n for n, _ in points]
-        ax.fill_between(
-            x,
-            [t.low for _, t in points],
-            [t.high for _, t in points],
-            color=colour,
-            alpha=0.08,
-            lw=0,
-        )
         ax.plot(
-            x,
-            [t.median for _, t in points],
+            *zip(*points, strict=True),
             STYLES.get(key, "-"),
             color=colour,
-            lw=2.6 if ours or key == "hand" else 1.4,
+            lw=2.8 if strong else 1.5,
             marker="o",
-            ms=5 if ours or key == "hand" else 3,
-            zorder=3 if ours else 2,
+            ms=5.5 if strong else 3.5,
+            zorder=3 if strong else 2,
         )
-        at_100 = [t.median for n, t in points if n == 100]
-        ends[key] = (at_100[0] if at_100 else points[-1][1].median, colour)
+        ends.append((points[-1], f"{label}  {seconds(points[-1][1])}", colour, strong))
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(counts, [f"{n:,}" for n in counts])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _round_seconds(y)))
+    ax.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: seconds(y).replace(".00", "").replace(".0", ""))
+    )
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.grid(axis="y", color="#e6e6e6", lw=0.8)
     ax.set_axisbelow(True)
     ax.set_xlabel("states of f32[128], each read and written once per call", color=INK)
-    ax.set_title("Time of a call", loc="left", color=INK, fontsize=13, fontweight="bold")
+    ax.set_title("Time of a call, by how state is kept", loc="left", color=INK, fontweight="bold")
     _tidy(ax)
-    _label_ends(ax, ends, labels, x=100 if max(counts) == 100 else max(counts))
+    _label_ends(ax, ends, x=1.3 * max(counts))
     return figure
 
 
-def _label_ends(
-    ax: Axes, ends: dict[str, tuple[float, str]], labels: dict[str, str], x: float
-) -> None:
-    """Names lines at the right, beside where they end, but never two names on one line."""
-    step = 1.27
-    positions: dict[str, float] = {}
+def _label_ends(ax: Axes, ends: list[tuple[tuple, str, str, bool]], x: float) -> None:
+    """Names lines at the right, beside where they end, but never two names in one place."""
+    low, high = ax.get_ylim()
+    line = (high / low) ** 0.04  # the height of a line of text
     floor = 0.0
-    for key, (y, _) in sorted(ends.items(), key=lambda item: item[1][0]):
-        floor = positions[key] = max(y, floor * step)
-    for key, y in positions.items():
-        end, colour = ends[key]
-        ours = key.startswith("storax") or key == "hand"
+    for end, text, colour, strong in sorted(ends, key=lambda item: item[0][1]):
+        floor = max(end[1], floor * line)
         ax.annotate(
-            f"{labels[key]}  {seconds(end)}",
-            (x, end),
-            (x * 1.25, y),
+            text,
+            end,
+            (x, floor),
             color=colour,
             fontsize=9,
-            fontweight="bold" if ours else "normal",
+            fontweight="bold" if strong else "normal",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "lw": 0.7,
+                "relpos": (0, 0.5),
+                "shrinkA": 0,
+                "shrinkB": 4,
+            },
         )
-
-
-def _round_seconds(x: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if x >= 0.999 * size:
-            return f"{x / size:.0f} {unit}"
-    return f"{x / 1e-9:.0f} ns"
 
 
 # --- Goals ----------------------------------------------------------------------------------------
@@ -141,26 +130,23 @@ def _round_seconds(x: float) -> str:
 
 def _draw_goals(findings: Sequence[Findings]) -> Figure:
     groups = [f for f in findings if f.goals]
-    lines = sum(len(f.goals) + 1.2 for f in groups)
-    figure = Figure(figsize=(11, 0.6 + 0.27 * lines), layout="constrained")
+    lines = sum(len(f.goals) + 1.5 for f in groups)
+    figure = Figure(figsize=(11, 0.8 + 0.24 * lines), layout="constrained")
     ax = figure.subplots()
+    beside = ax.get_yaxis_transform()  # x in parts of the picture, y in lines
     y = 0.0
-    ticks: list[tuple[float, str]] = []
     for f in groups:
-        ax.text(0.0, y, f.title, transform=ax.get_yaxis_transform(), fontweight="bold", va="center")
+        ax.text(-0.01, y, f.title, transform=beside, ha="right", va="center", fontweight="bold")
         for goal in f.goals:
             y += 1
             _draw_goal(ax, y, goal)
-            ticks.append((y, goal.text))
-        y += 1.2
+        y += 1.5
     ax.axvline(1, color=INK, lw=1)
-    ax.set(xscale="log", ylim=(y - 0.4, -0.8))
-    ax.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8.5)
+    ax.set(xscale="log", ylim=(y - 0.7, -0.9), yticks=[])
+    ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel(
-        "measured, as a part of what the goal allows: left of the line it is met", color=INK
-    )
+    ax.set_xlabel("measured, as a part of the goal: left of the line it is met", color=INK)
     ax.grid(axis="x", color="#ececec", lw=0.8)
     ax.set_axisbelow(True)
     _tidy(ax)
@@ -175,8 +161,8 @@ def _draw_goal(ax: Axes, y: float, goal: Goal) -> None:
     low, high = sorted((part(goal.found.low), part(goal.found.high)))
     ax.plot([low, high], [y, y], color=colour, lw=5, alpha=0.3, solid_capstyle="butt")
     ax.plot([part(goal.found.median)], [y], "o", color=colour, ms=5.5)
+    beside = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 9}
+    ax.text(-0.01, y, goal.text, ha="right", color=INK, **beside)
     sign = "≥" if goal.at_least else "≤"
-    text = f"{number(goal.found.median)} {goal.unit}   {sign} {goal.limit:.3g}"
-    ax.text(
-        1.01, y, text, transform=ax.get_yaxis_transform(), color=colour, fontsize=8.5, va="center"
-    )
+    ax.text(1.14, y, number(goal.found.median), ha="right", color=colour, **beside)
+    ax.text(1.16, y, f"{sign} {goal.limit:.3g} {goal.unit}", color=FAINT, **beside)

@@ -83,15 +83,21 @@ def _measure(name: str, folder: Path, quick: bool, large: bool) -> int:
 def _environment() -> dict[str, str]:
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     packages = [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    )
     return {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "software": ", ".join([f"Python {platform.python_version()}", *packages]),
     }
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=HERE.parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "python", "src", "include")
+    return f"commit {git('rev-parse', '--short', 'HEAD')}{' with changes' if changed else ''}"
 
 
 def _processor() -> str:

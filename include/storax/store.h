@@ -29,6 +29,7 @@ class Walk;
 using SlotId = std::int64_t;  // generation * 2^32 + table index; never negative
 using Device = int;           // XLA's device ordinal within the process
 inline constexpr Device kNoDevice = -1;
+inline constexpr Device kEveryDevice = -2;  // of a state that devices have until they set their own
 
 // An operation's arrays: one pointer per leaf, in C order. Zero-size leaves may be null.
 using ConstLeaves = std::span<const std::byte* const>;
@@ -47,7 +48,9 @@ class Slot {
   Status get(SlotId id, Device device, TypeId want, Leaves out) noexcept;
 
   // Makes `in` the state. The first set fixes the slot's type and, unless the type is mapped over a
-  // mesh, its device.
+  // mesh, its device. A state that was set before the mapped program is every device's at first;
+  // the first set there makes the type a mapped one. A mapped state that is the same on every
+  // device can be read as one.
   Status set(SlotId id, Device device, TypeId type, ConstLeaves in) noexcept;
 
   // Like set, but writes only the elements whose mask is true; masks[k] has one bool per element of
@@ -78,6 +81,8 @@ class Slot {
   std::int64_t num_sets() noexcept;
   // Whether an operation of this type would find a state that it agrees with.
   bool accepts(SlotId id, TypeId type) noexcept;
+  // Whether a get of this type, outside of any mapped program, would succeed.
+  bool reads_as(SlotId id, TypeId type) noexcept;
   // How many operations in compiled programs name this slot.
   std::int64_t num_programs() const noexcept { return programs_.load(std::memory_order_acquire); }
   void add_program(std::int64_t n) noexcept;
@@ -97,6 +102,9 @@ class Slot {
 
   bool is_live(SlotId id) const noexcept STORAX_REQUIRES(lock_);
   Cell* find_cell(Device device) noexcept STORAX_REQUIRES(lock_);
+  const Cell& cell_to_read(Device device, TypeId asked) noexcept STORAX_REQUIRES(lock_);
+  bool inherits(const Type& asked) noexcept STORAX_REQUIRES(lock_);
+  bool same_everywhere() noexcept STORAX_REQUIRES(lock_);
   Status check(SlotId id, Device device, Event::Kind op, TypeId asked,
                std::vector<Walk>* walks) noexcept STORAX_REQUIRES(lock_);
   Status prepare_set(SlotId id, Device device, TypeId type, std::vector<Walk>* walks,

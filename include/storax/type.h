@@ -57,7 +57,7 @@ using Permutations = std::vector<std::vector<int>>;
 class Type {
  public:
   Type() = default;
-  Type(TypeDesc desc, TypeId id);
+  Type(TypeDesc desc, TypeId id, TypeId base);
 
   TypeId id() const noexcept { return id_; }
   const TypeDesc& desc() const noexcept { return desc_; }
@@ -67,6 +67,10 @@ class Type {
   std::size_t leaf_offset(std::size_t k) const noexcept { return offsets_[k]; }
   std::size_t total_bytes() const noexcept { return total_bytes_; }
   bool is_mapped() const noexcept { return !desc_.mesh.empty(); }
+  // The type of one device's state: this one without its mesh axes.
+  TypeId base() const noexcept { return base_; }
+  // On how many devices a mapped state lives.
+  std::size_t num_devices() const noexcept;
 
   // In JAX's notation: "f32[3,4]", "(f32[3], i32[])", with batch and mesh axes if it has any.
   std::string str() const;
@@ -78,6 +82,7 @@ class Type {
  private:
   TypeDesc desc_;
   TypeId id_ = kNoType;
+  TypeId base_ = kNoType;
   std::vector<std::size_t> sizes_;
   std::vector<std::size_t> offsets_;
   std::size_t total_bytes_ = 0;

@@ -324,10 +324,10 @@ def _restored(
 
 def _published(slot: Slot) -> Published:
     core = slot.core
-    _store.settle(_jax.local_device(max(core.device, 0)))
+    _store.settle(_jax.local_device(core.device) if core.device >= 0 else None)
     version = core.version
     published = slot.published
     if published is None or published.version != version:
-        leaves = _store.read_all(core)
-        slot.published = published = Published(version, tuple(leaves), core.type)
+        type_id, leaves = _store.read_all(core)
+        slot.published = published = Published(version, tuple(leaves), type_id)
     return published

@@ -306,6 +306,15 @@ def module_devices(ctx: Any) -> tuple[int | None, tuple[str, ...]]:
     return None, ()
 
 
+def mesh_ordinals(ctx: Any) -> tuple[int, ...]:
+    """The devices' ordinals, in the order of the mesh that a module is mapped over; else nothing."""
+    mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+    devices = getattr(mesh, "devices", None)
+    if devices is None:
+        return ()
+    return tuple(d.local_hardware_id for d in devices.flat)
+
+
 # --- Wrapped rules: batching of control flow ------------------------------------------------------
 
 

@@ -45,6 +45,9 @@ def _lower(ctx, op, target, slot_id, type_id, operands, avals_in):
     _unknown_jax.require("jit")
     _refuse(ctx, slot, op)
     _store.register_handlers()
+    order = _jax.mesh_ordinals(ctx)
+    if order:
+        _store.mesh_orders[slot_id] = order
     _jax.keep_alive(ctx, _store.Operation(slot, type_id))
     return _jax.ordered_ffi_call(
         ctx, target, operands, avals_in, ctx.avals_out, state=_state_attribute(slot, type_id)

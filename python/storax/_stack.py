@@ -89,7 +89,7 @@ def _stack_slot(slot: Slot, rows: int) -> Slot:
         raise NotImplementedError(
             f"storax.stack: {slot.core.name} is set under a `vmap` of its own."
         )
-    leaves = _store.read_stored(slot.core)
+    _, leaves = _store.read_stored(slot.core)
     whole = []
     for x, axis in zip(leaves, axes, strict=True):
         host = np.asarray(x)

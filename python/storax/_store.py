@@ -84,11 +84,15 @@ def raise_failures() -> None:
 
 
 def settle(device: Any) -> None:
-    """Lets this thread's earlier programs finish, if any program has state at all."""
+    """Lets this thread's earlier programs finish, if any program has state at all.
+
+    With no device, those on every device, as a state per device asks for.
+    """
     if os.getpid() != _pid:
         check_process()
     if _core.num_programs():
-        _jax.wait_for_this_thread(device)
+        for d in jax.local_devices(backend="cpu") if device is None else (device,):
+            _jax.wait_for_this_thread(d)
     if _core.pending_failures():
         raise_failures()
 
@@ -169,7 +173,7 @@ def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]
 
 def run_get(slot: Any, plan: Plan) -> list[Any]:
     """The state as fresh arrays, as the store keeps them."""
-    settle(plan.device)
+    settle(plan.device if slot.device >= 0 else None)
     return [
         _jax.array_from_host(
             np.ndarray(shape, dtype, buffer), aval, sharding, plan.device, plan.committed
@@ -188,20 +192,46 @@ def get(slot: Any, structure: Any, like: Sequence[Any], levels: tuple, mesh: tup
     )
 
 
-def read_stored(slot: Any) -> list[Any]:
-    """The state as fresh arrays, as the store keeps them, whatever its type."""
+# Where each mapped state's devices stand in their mesh: the ordinals in the mesh's order, by slot.
+mesh_orders: dict[int, tuple[int, ...]] = {}
+
+
+def get_mapped(slot: Any, parts: Any) -> list[np.ndarray]:
+    """A state per device as one array per leaf, with the mapped mesh axes in front."""
+    settle(None)
+    sizes = tuple(size for _, size in parts.mesh)
+    order = mesh_orders.get(slot.id, range(int(np.prod(sizes))))
+    rows = [slot.get(slot.type, ordinal) for ordinal in order]
+    return [
+        np.stack([np.asarray(row[k]) for row in rows]).view(kind.stored).reshape(*sizes, *shape)
+        for k, (kind, shape) in enumerate(zip(parts.structure.kinds, parts.shapes, strict=True))
+    ]
+
+
+def read_stored(slot: Any) -> tuple[int, list[Any]]:
+    """The state as fresh arrays, as the store keeps them, whatever its type; and that type.
+
+    A state per device is read as one if it is the same everywhere, else with mesh axes in front.
+    """
     type_id = slot.type
     parts = type_parts(type_id)
     kinds = parts.structure.kinds
+    if parts.mesh:
+        type_id = parts.structure.type_id(parts.shapes, parts.levels, ())
+        if not slot.reads_as(type_id):
+            leaves = [jnp.asarray(x) for x in get_mapped(slot, parts)]
+            shapes = tuple(x.shape for x in leaves)
+            return parts.structure.type_id(shapes, (), ()), leaves
     avals = [_jax.shaped(s, k.stored) for s, k in zip(parts.shapes, kinds, strict=True)]
-    return run_get(slot, plan_get(slot, type_id, kinds, avals))
+    return type_id, run_get(slot, plan_get(slot, type_id, kinds, avals))
 
 
-def read_all(slot: Any) -> list[Any]:
-    """The state as fresh arrays of the user's dtypes, whatever its type."""
-    kinds = type_parts(slot.type).structure.kinds
+def read_all(slot: Any) -> tuple[int, list[Any]]:
+    """The same, of the user's dtypes."""
     with _jax.eval_now():
-        return [from_stored(x, k) for x, k in zip(read_stored(slot), kinds, strict=True)]
+        type_id, leaves = read_stored(slot)
+        kinds = type_parts(type_id).structure.kinds
+        return type_id, [from_stored(x, k) for x, k in zip(leaves, kinds, strict=True)]
 
 
 def set(

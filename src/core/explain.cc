@@ -21,7 +21,7 @@ bool is_batched(const Type& type) {
 bool differ_only_in_position(const Type& a, const Type& b) {
   TypeDesc moved = a.desc();
   for (BatchLevel& level : moved.levels) level.moved = true;
-  return !a.desc().levels.empty() && Type(moved, kNoType).agrees_up_to_moves(b, nullptr);
+  return !a.desc().levels.empty() && Type(moved, kNoType, kNoType).agrees_up_to_moves(b, nullptr);
 }
 
 std::string hint(const Type& held, const Type& asked, bool is_get) {
@@ -40,7 +40,9 @@ std::string hint(const Type& held, const Type& asked, bool is_get) {
            what + " independent of the batch.";
   }
   if (held.desc().mesh != asked.desc().mesh) {
-    return " A state set under `shard_map` or `pmap` belongs to that mapped program: use it there.";
+    return " A state set under `shard_map` or `pmap` is one per device. Use it under the same "
+           "mesh; "
+           "outside, get it with the mesh axes in front, or as one if it is the same everywhere.";
   }
   return " Get and set must agree in dtype, shape, PyTree structure and batch axes. Make " + what +
          " match, or use a new StateIndex.";

@@ -79,15 +79,43 @@ Slot::Cell* Slot::find_cell(Device device) noexcept {
   return nullptr;
 }
 
+// Whether an operation of this type is a mapped program's, on a state set outside of one.
+bool Slot::inherits(const Type& asked) noexcept { return asked.is_mapped() && !type_->is_mapped(); }
+
+bool Slot::same_everywhere() noexcept {
+  const bool some_have_none =
+      others_.size() + (home_.device != kEveryDevice) < type_->num_devices();
+  if (some_have_none && home_.device != kEveryDevice) return false;
+  const Cell& first = home_.device == kEveryDevice && !some_have_none ? others_.front() : home_;
+  return std::all_of(others_.begin(), others_.end(), [&](const Cell& cell) {
+    for (std::size_t k = 0; k < type_->num_leaves(); ++k) {
+      const std::size_t at = type_->leaf_offset(k), bytes = type_->leaf_bytes(k);
+      if (bytes > 0 && std::memcmp(cell.data + at, first.data + at, bytes) != 0) return false;
+    }
+    return true;
+  });
+}
+
+const Slot::Cell& Slot::cell_to_read(Device device, TypeId asked) noexcept {
+  if (const Cell* own = find_cell(device); own != nullptr) return *own;
+  const bool as_one = type_->is_mapped() && asked == type_->base();
+  return as_one && !others_.empty() ? others_.front() : home_;
+}
+
 // `walks` comes back with how to copy each leaf, out of the slot or into it; empty if the types are
 // the same. It is made here, before anything is written, since making it can fail.
 Status Slot::check(SlotId id, Device device, Event::Kind op, TypeId asked,
                    std::vector<Walk>* walks) noexcept {
   if (!is_live(id)) return Status::kDropped;
   if (type_id_ == kNoType) return Status::kNeverSet;
-  if (type_id_ != asked) {
-    const Type* type = find_type(asked);
-    if (type == nullptr) return Status::kTypeMismatch;
+  if (op == Event::Kind::kGet && type_->is_mapped() && type_->base() == asked) {
+    return same_everywhere() ? Status::kOk : Status::kTypeMismatch;
+  }
+  const Type* type = find_type(asked);
+  if (type == nullptr) return Status::kTypeMismatch;
+  const bool inherited = inherits(*type);
+  if (inherited) type = find_type(type->base());
+  if (type_id_ != type->id()) {
     const Type& to = op == Event::Kind::kGet ? *type : *type_;
     const Type& from = op == Event::Kind::kGet ? *type_ : *type;
     try {
@@ -101,10 +129,11 @@ Status Slot::check(SlotId id, Device device, Event::Kind op, TypeId asked,
       return Status::kOutOfMemory;
     }
   }
-  if (find_cell(device) == nullptr) {
-    return type_->is_mapped() ? Status::kNeverSet : Status::kWrongDevice;
-  }
-  return Status::kOk;
+  if (inherited) return op == Event::Kind::kGet ? Status::kOk : Status::kNeverSet;
+  if (find_cell(device) != nullptr) return Status::kOk;
+  if (!type_->is_mapped()) return Status::kWrongDevice;
+  const bool has_one = op == Event::Kind::kGet && home_.device == kEveryDevice;
+  return has_one ? Status::kOk : Status::kNeverSet;
 }
 
 void Slot::note(Event::Kind kind, const Cell& cell) noexcept {
@@ -122,7 +151,7 @@ Status Slot::get(SlotId id, Device device, TypeId want, Leaves out) noexcept {
   std::vector<Walk> walks;
   const Status status = check(id, device, Event::Kind::kGet, want, &walks);
   if (status != Status::kOk) return status;
-  const Cell& cell = *find_cell(device);
+  const Cell& cell = cell_to_read(device, want);
   for (std::size_t k = 0; k < out.size(); ++k) {
     copy_leaf(out[k], cell.data + type_->leaf_offset(k), type_->leaf_bytes(k),
               type_->desc().leaves[k].item_bytes, walk_of(walks, k));
@@ -139,7 +168,19 @@ Status Slot::prepare_set(SlotId id, Device device, TypeId type, std::vector<Walk
   const Status status = check(id, device, Event::Kind::kSet, type, walks);
   if (status == Status::kOk) *cell = find_cell(device);
   if (status != Status::kNeverSet) return status;
-  const Type* made = type_id_ == kNoType ? find_type(type) : type_;
+  const Type* asked = find_type(type);
+  const bool promoted = type_id_ != kNoType && inherits(*asked);
+  const Type* made = type_id_ == kNoType ? asked : type_;
+  if (promoted) {
+    // The layout stays that of the state there is.
+    try {
+      TypeDesc mapped = type_->desc();
+      mapped.mesh = asked->desc().mesh;
+      made = find_type(intern_type(std::move(mapped)));
+    } catch (...) {
+      return Status::kOutOfMemory;
+    }
+  }
   if (made == nullptr) return Status::kTypeMismatch;
   if (home_.data != nullptr) {
     try {
@@ -152,6 +193,7 @@ Status Slot::prepare_set(SlotId id, Device device, TypeId type, std::vector<Walk
   if (data == nullptr) return Status::kOutOfMemory;
   type_ = made;
   type_id_ = made->id();
+  if (promoted) home_.device = kEveryDevice;
   if (home_.data == nullptr) {
     home_ = {device, data};
     *cell = &home_;
@@ -195,8 +237,16 @@ Status Slot::set_masked(SlotId id, Device device, TypeId type, std::span<const b
 
   const SpinGuard guard(lock_);
   std::vector<Walk> walks;
-  const Status status = check(id, device, Event::Kind::kSet, type, &walks);
-  if (status == Status::kNeverSet) return Status::kPartialFirstSet;
+  Status status = check(id, device, Event::Kind::kSet, type, &walks);
+  if (status == Status::kNeverSet) {
+    const bool has_one = type_id_ != kNoType && home_.data != nullptr &&
+                         (!type_->is_mapped() || home_.device == kEveryDevice);
+    if (!has_one) return Status::kPartialFirstSet;
+    walks.clear();
+    Cell* made = nullptr;
+    status = prepare_set(id, device, type, &walks, &made);
+    if (status == Status::kOk) std::memcpy(made->data, home_.data, type_->total_bytes());
+  }
   if (status != Status::kOk) return status;
   const Cell& cell = *find_cell(device);
   for (std::size_t k = 0; k < in.size(); ++k) {
@@ -222,10 +272,17 @@ bool Slot::accepts(SlotId id, TypeId type) noexcept {
   if (type_id_ == type) return true;
   const Type* asked = find_type(type);
   try {
+    if (asked != nullptr && inherits(*asked)) asked = find_type(asked->base());
     return asked != nullptr && asked->agrees_up_to_moves(*type_, nullptr);
   } catch (...) {
     return false;
   }
+}
+
+bool Slot::reads_as(SlotId id, TypeId type) noexcept {
+  const SpinGuard guard(lock_);
+  std::vector<Walk> walks;
+  return check(id, home_.device, Event::Kind::kGet, type, &walks) == Status::kOk;
 }
 
 void Slot::add_program(std::int64_t n) noexcept {
@@ -251,7 +308,7 @@ Device Slot::device() noexcept {
 std::vector<Device> Slot::devices() {
   const SpinGuard guard(lock_);
   std::vector<Device> found;
-  if (home_.data != nullptr) found.push_back(home_.device);
+  if (home_.device >= 0) found.push_back(home_.device);
   for (const Cell& cell : others_) found.push_back(cell.device);
   return found;
 }

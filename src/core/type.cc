@@ -131,7 +131,7 @@ std::vector<int> final_axes(const TypeDesc& desc, std::size_t leaf) {
   return positions;
 }
 
-Type::Type(TypeDesc desc, TypeId id) : desc_(std::move(desc)), id_(id) {
+Type::Type(TypeDesc desc, TypeId id, TypeId base) : desc_(std::move(desc)), id_(id), base_(base) {
   for (const Leaf& leaf : desc_.leaves) {
     std::size_t bytes = leaf.item_bytes;
     for (std::int64_t d : leaf.dims) bytes *= static_cast<std::size_t>(d);
@@ -139,6 +139,12 @@ Type::Type(TypeDesc desc, TypeId id) : desc_(std::move(desc)), id_(id) {
     offsets_.push_back(total_bytes_);
     total_bytes_ += round_up(bytes);
   }
+}
+
+std::size_t Type::num_devices() const noexcept {
+  std::size_t count = 1;
+  for (const MeshAxis& axis : desc_.mesh) count *= static_cast<std::size_t>(axis.size);
+  return count;
 }
 
 std::string Type::str() const {
@@ -195,12 +201,19 @@ bool Type::agrees_up_to_moves(const Type& other, Permutations* out) const {
 }
 
 TypeId intern_type(TypeDesc desc) {
+  TypeId base = kNoType;
+  if (!desc.mesh.empty()) {
+    TypeDesc one = desc;
+    one.mesh.clear();
+    base = intern_type(std::move(one));
+  }
   Registry& reg = registry();
   std::string key = key_of(desc);
   const std::lock_guard lock(reg.mutex);
   if (const auto it = reg.ids.find(key); it != reg.ids.end()) return it->second;
   const TypeId id = reg.types.size();
-  reg.types.append([&](Type& slot) { slot = Type(std::move(desc), id); });
+  reg.types.append(
+      [&](Type& slot) { slot = Type(std::move(desc), id, base == kNoType ? id : base); });
   reg.ids.emplace(std::move(key), id);
   return id;
 }

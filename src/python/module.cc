@@ -182,6 +182,9 @@ NB_MODULE(_core, m) {
       .def(
           "accepts", [](const SlotRef& s, TypeId type) { return s->accepts(s.id(), type); },
           "type"_a, "Whether an operation of this type would agree with the state.")
+      .def(
+          "reads_as", [](const SlotRef& s, TypeId type) { return s->reads_as(s.id(), type); },
+          "type"_a, "Whether a get of this type, outside of any mapped program, would succeed.")
       .def("get", &slot_get, "type"_a, "device"_a,
            "Each leaf's bytes in fresh memory. RuntimeError if the slot holds another type.")
       .def("set", &slot_set, "type"_a, "device"_a, "addresses"_a,

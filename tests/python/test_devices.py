@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import storax
@@ -317,28 +317,56 @@ def test_random_programs_run_in_order_on_every_device():
 @pytest.mark.parametrize("how", ["shard_map", "pmap"])
 def test_batch_norm_over_devices_is_batch_norm_of_the_whole_batch(how):
     xs = jax.random.normal(jax.random.key(0), (8, 3))
-    one, many = (
-        storax.BatchNorm(3, "batch", mode="batch"),
-        storax.BatchNorm(3, "batch", mode="batch"),
-    )
-    batched = lambda bn: jax.vmap(bn, axis_name="batch")
+    one = storax.BatchNorm(3, "batch", mode="batch")
+    many = storax.BatchNorm(3, ("batch", "i"), mode="batch")
+    batched = lambda bn, x: jax.vmap(bn, axis_name="batch")(x)
+    if how == "shard_map":
+        over = jax.jit(shard(lambda x: batched(many, x), check_vma=False))
+    else:
+        mapped = jax.pmap(lambda x: batched(many, x), axis_name="i")
+        over = lambda x: mapped(x.reshape(4, 2, 3)).reshape(8, 3)
     for k in range(3):
         x = xs * (k + 1) + k
-        want = jax.jit(batched(one))(x)
-        over = storax.BatchNorm
-        if how == "shard_map":
-            layer = eqx.tree_at(lambda b: b.axis_name, many, ("batch", "i")) if False else many
-            del over
-            got = jax.jit(shard(lambda x, bn=layer: per_shard(bn, x)))(x)
-        else:
-            got = jax.pmap(lambda x: per_shard(many, x), axis_name="i")(x.reshape(4, 2, 3)).reshape(
-                8, 3
-            )
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+        want = jax.jit(lambda x: batched(one, x))(x)
+        np.testing.assert_allclose(over(x), want, rtol=1e-4, atol=1e-5)
+    # The statistics are the same on every device, so they are read as one.
+    like = (jnp.zeros(3), jnp.zeros(3))
+    for a, b in zip(
+        storax.get_state(many.state_index, like),
+        storax.get_state(one.state_index, like),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    frozen = [eqx.nn.inference_mode(bn) for bn in (many, one)]
+    many_out, one_out = (eqx.filter_jit(lambda bn: jax.vmap(bn)(xs))(bn) for bn in frozen)
+    np.testing.assert_allclose(many_out, one_out, rtol=1e-5)
 
 
-def per_shard(bn, x):
-    return jax.vmap(bn, axis_name="batch")(x)
+def test_a_state_set_before_is_every_devices_own_from_then_on():
+    index = storax.StateIndex(name="before")
+    storax.set_state(index, jnp.float32(10))
+    add = jax.jit(shard(lambda x: inc(index, x)))
+    np.testing.assert_allclose(add(jnp.asarray(X)), 10 * X)
+    np.testing.assert_allclose(storax.get_state(index, jnp.zeros(4)), 10 + X)
+    np.testing.assert_allclose(add(jnp.asarray(X)), (10 + X) * X)
+    with pytest.raises(RuntimeError, match=r"'before'.*mesh axes 'i' of size 4.*one per device"):
+        storax.get_state(index, ZERO)
+    with pytest.raises(RuntimeError, match=r"'before'.*one per device"):
+        storax.set_state(index, ZERO)
+    level = jax.jit(shard(lambda x: (storax.set_state(index, lax.psum(get(index), "i")), x)[1]))
+    level(jnp.asarray(X))
+    total = 4 * 10 + 2 * X.sum()
+    assert storax.get_state(index, ZERO) == total
 
 
-_ = NamedSharding
+def test_masked_set_of_an_inherited_state():
+    index = storax.StateIndex()
+    jax.vmap(lambda x: storax.set_state(index, x))(jnp.array([1.0, 2.0]))
+
+    def f(x):
+        bump = lambda: storax.set_state(index, storax.get_state(index, 0 * x) + 10)
+        lax.cond(x > 4, bump, lambda: None)
+        return storax.get_state(index, 0 * x)
+
+    got = jax.jit(shard(jax.vmap(f)))(jnp.arange(8.0))
+    np.testing.assert_allclose(got, [1, 2, 1, 2, 1, 12, 11, 12])

@@ -1,7 +1,9 @@
 """Saving and loading by Equinox's own functions; test_copies.py has what files share with copies."""
 
+import gc
 import io
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -94,21 +96,26 @@ def test_a_model(net, module, inference, tmp_path):
 
 def test_another_process(net, tmp_path):
     eqx.tree_serialise_leaves(tmp_path / "net.eqx", net)
+    (tmp_path / "net.pickle").write_bytes(pickle.dumps(net))
     program = f"""
-import sys
+import os, pickle, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import equinox as eqx, jax, jax.numpy as jnp
+os.chdir({str(tmp_path)!r})
+import equinox as eqx, jax
 from test_serialise import KEY, Net, calls, predict
 like = eqx.filter_eval_shape(Net, KEY)
-net = eqx.tree_deserialise_leaves({str(tmp_path / "net.eqx")!r}, like)
-print(calls(net), predict(net).tolist())
+for net in (eqx.tree_deserialise_leaves("net", like), pickle.load(open("net.pickle", "rb"))):
+    print(calls(net), predict(net).tolist())
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
-    count, outputs = done.stdout.split(" ", 1)
-    assert int(count) == 3
-    np.testing.assert_allclose(json.loads(outputs), predict(net), rtol=1e-6)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        count, outputs = line.split(" ", 1)
+        assert int(count) == 3
+        np.testing.assert_allclose(json.loads(outputs), predict(net), rtol=1e-6)
 
 
 def test_a_model_and_what_goes_with_it(net):
@@ -129,7 +136,7 @@ def test_a_model_and_what_goes_with_it(net):
 def test_a_frozen_model_in_two_halves(net):
     frozen = eqx.nn.inference_mode(net)
     params, static = eqx.partition(frozen, eqx.is_array)
-    like = jax.tree.map(lambda x: x * 0, params)
+    like = jax.tree.map(jnp.zeros_like, params)
     loaded = eqx.combine(load(save(params), like), static)
     np.testing.assert_array_equal(predict(loaded), predict(net))
 
@@ -185,24 +192,6 @@ def test_specs_for_each_leaf(net, inference):
         assert calls(loaded) == 3 and calls(net) == 3
         np.testing.assert_array_equal(predict(loaded), predict(net))
         assert loaded.calls._slot.id not in (net.calls._slot.id, like.calls._slot.id)
-    specs_of = eqx.tree_at(
-        lambda m: m.calls, specs(eqx.default_deserialise_filter_spec, like), lambda f, x: x
-    )
-    assert (
-        load(
-            save(
-                net,
-                filter_spec=eqx.tree_at(
-                    lambda m: m.calls,
-                    specs(eqx.default_serialise_filter_spec, net),
-                    lambda f, x: None,
-                ),
-            ),
-            like,
-            filter_spec=specs_of,
-        ).calls
-        == like.calls
-    )
 
 
 def test_specs_of_ones_own(net):
@@ -235,7 +224,8 @@ def fails(data, like, match, module):
     text = str(raised.value) if module is storax else causes(raised.value)
     assert re.search(match, text), text
     assert contents(like) == before
-    del raised
+    del raised  # its traceback holds what was loaded
+    gc.collect()
     assert _core.usage()[:2] == usage[:2]
 
 
@@ -247,18 +237,15 @@ def module(request):
 def test_a_truncated_file(net):
     data = save(net)
     like = Net(KEY)
-    for length in [*range(0, len(data), 97), len(data) - 1]:
+    for length in [*range(0, len(data), 211), len(data) - 1]:
         fails(data[:length], like, r"ends too early, is damaged, or is that of another", storax)
         fails(data[:length], like, r"Error at leaf", eqx)
 
 
 def test_another_models_file(net, module):
-    other = {"index": net.calls, "a": jnp.zeros(2)}
-    swapped = {"index": jnp.zeros(2), "a": net.calls}
     match = r"'calls', but an array float32\[2\] in its place. It was saved from another model"
-    fails(save(other), swapped, match, module)
-    match = "changed dtype|changed shape|invalid"
-    fails(save(swapped), other, match, module)
+    fails(save([jnp.zeros(2)]), [net.calls], match, module)
+    fails(save([net.calls]), [jnp.zeros(2)], "has changed shape from", module)
 
 
 def test_another_type(net, module):
@@ -310,7 +297,6 @@ DAMAGES = {
     "state__devices": ([0, 1], "cannot be on 2 devices"),
     "state__mesh": ([["i", 4]], "bytes too many|cannot be loaded|devices"),
     "state__structure": (["set", ["*"]], "no kind of node"),
-    "slot": ({}, "loaded"),
     "state": (3, "cannot be loaded"),
 }
 

@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 BUILD := build/$(patsubst .%,%,$(notdir $(VENV)))
+PRINT_VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 CXX_FILES = $(shell find include src tests/cpp -name '*.cc' -o -name '*.h')
 
@@ -97,8 +98,9 @@ $(VENV)/.extension: $(SOURCES) $(VENV)/.build $(VENV)/.modules
 # An editable install knows the modules there were when it was made: notice a new one.
 $(VENV)/.modules: $(VENV)/.created FORCE
 ifneq ($(origin PYTHON),file)
-	@test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || { echo "$(VENV) was made with" \
-	  "$$($(BIN)/python -V), not with $(PYTHON): give VENV=... another name, or make clean."; exit 1; }
+	@made=$$($(BIN)/python $(PRINT_VERSION)) && asked=$$($(PYTHON) $(PRINT_VERSION)) && \
+	  test "$$made" = "$$asked" || { echo "$(VENV) is of Python $$made, not $$asked:" \
+	  "name another with VENV=..., or make clean."; exit 1; }
 endif
 	@find python -name '*.py' | sort > $@.now
 	@if cmp -s $@.now $@; then rm $@.now; else mv $@.now $@; fi

@@ -12,7 +12,8 @@ PEERS_ONLY = "without"
 LABELS = {PEERS_ONLY: "import jax, equinox", "with": "import jax, equinox, storax"}
 # Prints seconds: for the peers, for storax after them, and for the first index after that.
 PROGRAM = """
-import sys, time
+import gc, sys, time
+gc.disable()
 times = [time.perf_counter()]
 import jax, equinox
 times.append(time.perf_counter())
@@ -30,7 +31,8 @@ def measure(quick: bool, large: bool) -> Findings:
         "import",
         "Importing storax",
         "Each in a process of its own, in turn. Every file has been read, and compiled to bytecode, "
-        "before.",
+        "before. Python's garbage collector is off: a full collection takes longer than all of "
+        "storax, and in whose import it falls is chance.",
     )
     totals: dict[str, list[float]] = {PEERS_ONLY: [], AGAIN: [], "with": []}
     of_storax, of_index = [], []

@@ -41,7 +41,7 @@ def _nothing_primitive(name: str, num_results: int) -> Any:
         return [_jax.shaped((), np.int32)] * num_results, {_jax.STATE}
 
     def lower(ctx, *args):
-        return _jax.ordered_ffi_call(ctx, TARGET, args, ctx.avals_in, ctx.avals_out)
+        return _jax.ordered_ffi_call(ctx, _jax.STATE, TARGET, args, ctx.avals_in, ctx.avals_out)
 
     _jax.define_lowering(primitive, lower, platform="cpu")
     return primitive

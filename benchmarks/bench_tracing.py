@@ -59,7 +59,7 @@ def _measure_stateless(found: Findings, quick: bool) -> None:
             if what == "dispatch":
                 clock = Clock(20 if quick else 300, seconds=0.005)
             else:
-                clock = Clock(2 if quick else 30, seconds=0.02)
+                clock = Clock(1 if quick else 30, seconds=0.02)
             samples = clock.measure(runs)
             found.add_table(f"Without state: {text}", samples, labels, WITHOUT)
             again = samples.ratio(AGAIN, WITHOUT)

@@ -45,12 +45,13 @@ class _Params(dict):
 
 @masked_cond_p.def_effectful_abstract_eval
 def _(mask, index, *operands, params):
-    return list(params["branches"][0].out_avals), {_jax.STATE}
+    return list(params["branches"][0].out_avals), _jax.state_effects(*params["branches"])
 
 
 @masked_while_p.def_effectful_abstract_eval
 def _(mask, *operands, params):
-    return list(params["body_jaxpr"].out_avals), {_jax.STATE}
+    effects = _jax.state_effects(params["cond_jaxpr"], params["body_jaxpr"])
+    return list(params["body_jaxpr"].out_avals), effects
 
 
 # --- Masking a per-lane program -------------------------------------------------------------------
@@ -73,7 +74,7 @@ def _masked(jaxpr, consts, mask, args):
 
 
 def _masked_equation(eqn, ins, mask):
-    if _jax.STATE not in eqn.effects or eqn.primitive is get_p:
+    if not _jax.has_state(eqn) or eqn.primitive is get_p:
         return _jax.bind_equation(eqn, ins)
     rule = _masked_rules.get(eqn.primitive.name)
     if rule is None:

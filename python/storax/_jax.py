@@ -42,6 +42,7 @@ _ad_checkpoint = _private("ad_checkpoint")  # remat_p
 _config = _private("config")  # whether shard_map checks varying axes
 _core = _private("core")  # abstract values, the current trace
 _custom = _private("custom_derivatives")  # the rules inside of custom_jvp and custom_vjp equations
+_dispatch_module = _private("dispatch")  # the tokens between programs over several devices
 _dtypes = _private("dtypes")  # short names
 _effects = _private("effects")  # the registries of effects
 _pjit = _private("pjit")  # when a call may take the C++ path
@@ -149,23 +150,37 @@ def make_varying(x: Any, names: frozenset[str]) -> Any:
 
 
 class StateEffect(_effects.Effect):
-    """What an equation that gets or sets state does; it keeps JAX from dropping or reordering it."""
+    """What an equation that gets or sets state does: JAX must neither drop nor reorder it."""
 
     __str__ = lambda self: "State"
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is StateEffect
+        return type(other) is type(self)
 
     def __hash__(self) -> int:
-        return hash(StateEffect)
+        return hash(type(self))
+
+
+class MeshStateEffect(StateEffect):
+    """The same on a state per device, whose programs JAX must order among themselves too.
+
+    On one device XLA runs a thread's programs in order. Over several it does not.
+    """
+
+    __str__ = lambda self: "MeshState"
 
 
 STATE = StateEffect()
+MESH_STATE = MeshStateEffect()
+
+
+def state_effects(*jaxprs: Any) -> set[StateEffect]:
+    return {e for jaxpr in jaxprs for e in jaxpr.effects if isinstance(e, StateEffect)}
 
 
 def has_state(*jaxprs: Any) -> bool:
-    """Whether any of these (closed) jaxprs gets or sets state."""
-    return any(STATE in jaxpr.effects for jaxpr in jaxprs)
+    """Whether any of these jaxprs or equations gets or sets state."""
+    return any(isinstance(e, StateEffect) for jaxpr in jaxprs for e in jaxpr.effects)
 
 
 def open_jaxpr(jaxpr: Any) -> Any:
@@ -266,6 +281,7 @@ def lower_inline(
 
 def ordered_ffi_call(
     ctx: Any,
+    effect: StateEffect,
     target: str,
     operands: Sequence[Any],
     avals_in: Sequence[Any],
@@ -276,13 +292,13 @@ def ordered_ffi_call(
 
     The order is a token's, threaded through the module by JAX's own machinery for ordered effects.
     """
-    token = ctx.tokens_in.get(STATE)
+    token = ctx.tokens_in.get(effect)
     call_ctx = ctx.replace(
         avals_in=[_core.abstract_token, *avals_in], avals_out=[_core.abstract_token, *avals_out]
     )
     lower = jax.ffi.ffi_lowering(target, has_side_effect=True)
     token, *results = lower(call_ctx, token, *operands, **attributes)
-    ctx.set_tokens_out(ctx.tokens_in.update_tokens(_mlir.TokenSet({STATE: token})))
+    ctx.set_tokens_out(ctx.tokens_in.update_tokens(_mlir.TokenSet({effect: token})))
     return results
 
 
@@ -379,13 +395,13 @@ class _WithoutState:
         self._types = effect_types
 
     def filter_in(self, effects: Any) -> list[Any]:
-        return [e for e in self._types.filter_in(effects) if not isinstance(e, StateEffect)]
+        return [e for e in self._types.filter_in(effects) if type(e) is not StateEffect]
 
     def filter_not_in(self, effects: Any) -> list[Any]:
-        return [e for e in self._types.filter_not_in(effects) if not isinstance(e, StateEffect)]
+        return [e for e in self._types.filter_not_in(effects) if type(e) is not StateEffect]
 
     def contains(self, effect: Any) -> bool:
-        return self._types.contains(effect) and not isinstance(effect, StateEffect)
+        return self._types.contains(effect) and type(effect) is not StateEffect
 
 
 def _register_effect() -> None:
@@ -483,7 +499,7 @@ def _keep_state_in_scan() -> None:
     remat_rule = _pe.custom_partial_eval_rules[remat_p]
 
     def remat_rule_with_state(trace, *tracers, jaxpr, **params):
-        if getattr(_partial_eval, "hoisting", False) and STATE in jaxpr.effects:
+        if getattr(_partial_eval, "hoisting", False) and has_state(jaxpr):
             out_avals = [v.aval for v in jaxpr.outvars]
             effects = _core.positional_effects(jaxpr)
             return _stage(trace, tracers, remat_p, dict(jaxpr=jaxpr, **params), out_avals, effects)
@@ -508,6 +524,13 @@ def define_partial_eval(primitive: Any) -> None:
 
     _pe.partial_eval_jaxpr_custom_rules[primitive] = known_and_saved
     _pe.custom_partial_eval_rules[primitive] = staged_in_hoisting
+
+
+def forget_failed_tokens() -> None:
+    """Lets programs over several devices run again after one has failed, and its token with it."""
+    tokens = _dispatch_module.runtime_tokens
+    tokens.current_tokens.pop(MESH_STATE, None)
+    tokens.output_runtime_tokens.clear()
 
 
 def on_runtime_error(told: Callable[[str], None]) -> None:

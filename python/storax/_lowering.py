@@ -40,7 +40,7 @@ def _state_attribute(slot, type_id):
     return np.array([slot.id, type_id, _core.process_nonce()], np.int64)
 
 
-def _lower(ctx, op, target, slot_id, type_id, operands, avals_in):
+def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     slot = _core.share_slot(slot_id)
     _unknown_jax.require("jit")
     _refuse(ctx, slot, op)
@@ -49,8 +49,15 @@ def _lower(ctx, op, target, slot_id, type_id, operands, avals_in):
     if order:
         _store.mesh_orders[slot_id] = order
     _jax.keep_alive(ctx, _store.Operation(slot, type_id))
+    effect = _jax.MESH_STATE if mesh else _jax.STATE
     return _jax.ordered_ffi_call(
-        ctx, target, operands, avals_in, ctx.avals_out, state=_state_attribute(slot, type_id)
+        ctx,
+        effect,
+        target,
+        operands,
+        avals_in,
+        ctx.avals_out,
+        state=_state_attribute(slot, type_id),
     )
 
 
@@ -64,14 +71,14 @@ def _lower_get(ctx, *args, slot, structure, levels, mesh, rows):
     row, _ = split_row(args, rows)
     row_aval, _ = split_row(ctx.avals_in, rows)
     target = _store.GET_ROW if row else _store.GET
-    return _lower(ctx, "get_state", target, slot, type_id, row, row_aval)
+    return _lower(ctx, "get_state", target, slot, type_id, mesh, row, row_aval)
 
 
 def _lower_set(ctx, *args, slot, structure, levels, mesh, rows):
     row, avals = split_row(ctx.avals_in, rows)
     type_id = _type_of(structure, avals, levels, mesh, rows)
     target = _store.SET_ROW if row else _store.SET
-    return _lower(ctx, "set_state", target, slot, type_id, args, ctx.avals_in)
+    return _lower(ctx, "set_state", target, slot, type_id, mesh, args, ctx.avals_in)
 
 
 def _lower_set_masked(ctx, mask, *args, slot, structure, levels, mesh, rows, mask_axes):
@@ -87,7 +94,7 @@ def _lower_set_masked(ctx, mask, *args, slot, structure, levels, mesh, rows, mas
     type_id = _type_of(structure, avals, levels, mesh, rows)
     target = _store.SET_ROW_MASKED if row else _store.SET_MASKED
     operands, avals_in = [*row, *masks, *state], [*row_aval, *mask_avals, *avals]
-    return _lower(ctx, "set_state", target, slot, type_id, operands, avals_in)
+    return _lower(ctx, "set_state", target, slot, type_id, mesh, operands, avals_in)
 
 
 def _lower_frozen(ctx, *held_and_like, **params):

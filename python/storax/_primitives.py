@@ -58,20 +58,24 @@ def whole_type(avals: Sequence[Any], levels: tuple, rows: int | None) -> tuple[t
 # --- Abstract evaluation --------------------------------------------------------------------------
 
 
+def _effects(*, mesh, **_):
+    return {_jax.MESH_STATE if mesh else _jax.STATE}
+
+
 @get_p.def_effectful_abstract_eval
 def _(*args, rows, **params):
     _, like = split_row(args, rows)
-    return [_jax.vary_over_mesh(_jax.strong(a)) for a in like], {_jax.STATE}
+    return [_jax.vary_over_mesh(_jax.strong(a)) for a in like], _effects(**params)
 
 
 @set_p.def_effectful_abstract_eval
 def _(*state, **params):
-    return [], {_jax.STATE}
+    return [], _effects(**params)
 
 
 @set_masked_p.def_effectful_abstract_eval
 def _(mask, *state, **params):
-    return [], {_jax.STATE}
+    return [], _effects(**params)
 
 
 @frozen_p.def_abstract_eval

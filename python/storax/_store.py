@@ -59,8 +59,15 @@ def register_handlers() -> None:
         stages = {"instantiate": handlers["instantiate"], "execute": handlers[handler]}
         jax.ffi.register_ffi_target(target, stages, platform="cpu")
     # A failure that JAX itself has raised need not be raised again.
-    _jax.on_runtime_error(_core.acknowledge_failure)
+    _jax.on_runtime_error(_told)
     atexit.register(_report_at_exit)
+
+
+def _told(message: str) -> None:
+    """JAX has just raised this to somebody."""
+    _core.acknowledge_failure(message)
+    if "storax." in message:
+        _jax.forget_failed_tokens()
 
 
 def check_process() -> None:
@@ -91,10 +98,20 @@ def settle(device: Any) -> None:
     if os.getpid() != _pid:
         check_process()
     if _core.num_programs():
-        for d in jax.local_devices(backend="cpu") if device is None else (device,):
-            _jax.wait_for_this_thread(d)
+        if device is None:
+            _wait_for_meshes()
+        else:
+            _jax.wait_for_this_thread(device)
     if _core.pending_failures():
         raise_failures()
+
+
+def _wait_for_meshes() -> None:
+    try:
+        jax.effects_barrier()
+    except RuntimeError:
+        # One of ours is in the record; another's is for whoever blocks on its outputs.
+        _jax.forget_failed_tokens()
 
 
 def barrier() -> None:
@@ -107,6 +124,7 @@ def barrier() -> None:
     if register_handlers.cache_info().currsize:
         for device in jax.local_devices(backend="cpu"):
             _jax.wait_for_this_thread(device)
+        _wait_for_meshes()
     raise_failures()
 
 

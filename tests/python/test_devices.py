@@ -370,3 +370,42 @@ def test_masked_set_of_an_inherited_state():
 
     got = jax.jit(shard(jax.vmap(f)))(jnp.arange(8.0))
     np.testing.assert_allclose(got, [1, 2, 1, 2, 1, 12, 11, 12])
+
+
+def test_programs_over_devices_run_in_order():
+    index = storax.StateIndex()
+    storax.set_state(index, ZERO)
+    m = jnp.full((4, 120, 120), 0.001)
+
+    def slow(m):
+        n = get(index) + 1
+        for _ in range(12):
+            m = jnp.tanh(m @ m)
+        storax.set_state(index, n + m[0, 0, 0] * 0)
+        return m
+
+    step = jax.jit(shard(slow))
+    for k in range(1, 9):
+        for _ in range(3):
+            step(m)
+        np.testing.assert_allclose(storax.get_state(index, jnp.zeros(4)), np.full(4, 3.0 * k))
+
+
+def test_good_work_after_a_failure_on_devices():
+    wrong, right = storax.StateIndex(name="wrong"), per_device()
+    storax.set_state(wrong, jnp.zeros(3))
+    fails = jax.jit(shard(lambda x: (storax.set_state(wrong, x[0]), x)[1]))
+    counts = jax.jit(shard(lambda x: inc(right, x)))
+    for k in range(3):
+
+        def run():
+            jax.block_until_ready(fails(jnp.asarray(X)))
+            storax.barrier()
+
+        with pytest.raises(RuntimeError, match="'wrong'"):
+            run()
+        try:
+            storax.barrier()
+        except RuntimeError as e:
+            raise AssertionError("raised twice") from e
+        np.testing.assert_allclose(counts(jnp.asarray(X)), X * (S0 + k * X))

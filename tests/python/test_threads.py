@@ -303,9 +303,9 @@ def test_copies_dropped_by_other_threads():
 
 # --- Interpreter exit ---
 
-# On CPython up to 3.13 a daemon thread that comes back from jaxlib, to whatever program, while the
-# interpreter shuts down is ended in the midst of C++, and that aborts the process: with storax or
-# without. So the daemon threads here are still in a program, or wait, when that begins.
+# CPython up to 3.13 ends a daemon thread that comes back from jaxlib while the interpreter shuts down,
+# and as that is in the midst of C++, the process aborts: with storax or without. (Waiting for a program
+# comes back every now and then.) So the daemon threads here are deep in a call, or wait for an event.
 START = """
 import sys, threading, time
 import jax, jax.numpy as jnp, storax
@@ -319,56 +319,51 @@ def step(c, _):
     storax.set_state(index, n)
     return c * 0.5 + n, None
 
-@jax.jit
-def scan(x):
-    return lax.scan(step, x, None, length=1_000_000)[0]
+def compiled(length, heavy):
+    def program(m):
+        for _ in range(4 * heavy):  # costly enough to be dispatched asynchronously
+            m = jnp.tanh(m @ m)
+        return lax.scan(step, m[0, 0], None, length=length)[0]
+    return jax.jit(program).lower(m).compile()
 
-scan = scan.lower(jnp.float32(0)).compile()
-
-def work():
-    scan(jnp.float32(0)).block_until_ready()
+m = jnp.full((300, 300), 0.001)
+short, long = compiled(300_000, True), compiled(100_000_000, False)
 
 def wait_until_it_runs():
     while index._slot.core.num_sets < 1000:
         time.sleep(0.001)
 
 def leave():
-    assert index._slot.core.num_sets < 1_000_000
+    assert index._slot.core.num_sets < 300_000
     print("done", flush=True)
 """
 
 EXITS = {
     "a daemon thread in a program": """
-threading.Thread(target=work, daemon=True).start()
+threading.Thread(target=lambda: long(m), daemon=True).start()
 wait_until_it_runs()
 leave()
-""",
-    "sys.exit and a daemon thread in a program": """
-threading.Thread(target=work, daemon=True).start()
-wait_until_it_runs()
-leave()
-sys.exit(0)
 """,
     "a program in flight": """
-out = scan(jnp.float32(0))
+out = short(m)
 leave()
 """,
     "a program in flight, and nothing refers to it": """
-scan(jnp.float32(0))
-wait_until_it_runs()
+short(m)
 leave()
-del index, scan, step
+del index, short, step, compiled
 """,
     "a thread that is waited for": """
-threading.Thread(target=work).start()
+threading.Thread(target=lambda: short(m).block_until_ready()).start()
 leave()
 """,
-    "daemon threads that wait": """
+    "programs of daemon threads in flight": """
 ready = threading.Barrier(4)
 def once():
     i = storax.StateIndex()
     storax.set_state(i, jnp.zeros(10))
     jax.jit(lambda: storax.get_state(i, jnp.zeros(10)))()
+    out = short(m)
     ready.wait()
     threading.Event().wait()
 for _ in range(3):

@@ -244,7 +244,10 @@ class StateIndex:
         leaves = self._leaves if self._rows is None else (self._row, *self._leaves)
         if any(isinstance(x, _jax.Tracer) or not isinstance(x, jax.Array) for x in leaves):
             return  # inputs of a program, or whatever a PyTree operation has put there
-        if not self._slot.core.type:
+        core = self._slot.core
+        if not core.type and core.num_programs:
+            _store.barrier()  # a program may be about to set it
+        if not core.type:
             return
         published = _published(self._slot)
         if self._held.version != published.version:
@@ -255,8 +258,8 @@ class StateIndex:
                 with _jax.eval_now():
                     self._leaves = tuple(x[self._row] for x in published.leaves)
 
-    def _carried(self) -> tuple[Any, ...] | None:
-        """The arrays that a frozen index carries, unless they are just the slot's state."""
+    def _carried(self) -> tuple[tuple, tuple[Any, ...]] | None:
+        """Batch axes and arrays that a frozen index carries, unless they are just the slot's state."""
         self._look_up()
         if self._held is None or self._held is NOTHING_HELD:
             return None
@@ -267,16 +270,16 @@ class StateIndex:
             and self._held.version == published.version
             and all(a is b for a, b in zip(self._leaves, published.leaves, strict=True))
         )
-        return None if as_published else self._leaves
+        return None if as_published else (self._held.levels, self._leaves)
 
-    def _freeze(self, frozen: bool, carried: Iterable[Any] | None) -> None:
+    def _freeze(self, frozen: bool, carried: tuple[tuple, Iterable[Any]] | None) -> None:
         """The inverse, for an index with another slot: carries these, or else what is looked up."""
         self._held, self._leaves = (NOTHING_HELD if frozen else None), ()
         core = self._slot.core
         if carried is not None and core.type:
-            parts = type_parts(core.type)
-            self._held = _Held(parts.structure.number, parts.levels, core.version)
-            self._leaves = tuple(carried)
+            levels, leaves = carried
+            self._held = _Held(type_parts(core.type).structure.number, levels, core.version)
+            self._leaves = tuple(leaves)
 
     # --- Python ---
 

@@ -237,7 +237,10 @@ def custom_vjp_rules(params: dict[str, Any]) -> tuple[Callable, Callable]:
         return [next(made) if f is None else args[f] for f in forwarded], out[num_res:]
 
     def backward(res, cts):
-        return [None if is_zero(ct) else ct for ct in bwd.call_wrapped(*res, *cts)]
+        out = list(bwd.call_wrapped(*res, *cts))
+        if out and isinstance(out[0], (list, tuple)):  # since 0.11: the cotangents and one thing more
+            out = list(out[0])
+        return [None if ct is None or is_zero(ct) else ct for ct in out]
 
     return forward, backward
 

@@ -62,12 +62,13 @@ def encode(index: Any, token: str, state: _snapshot.Snapshot | None) -> Record:
         header["state"] = _snapshot.describe(state)
         header["state"]["structure"] = _snapshot.describe_structure(treedef)
         data += [x for leaves in state.data.values() for x in leaves]
-        carried = index._carried()
+        levels, carried = index._carried() or ((), None)
         if carried is not None and all(isinstance(x, jax.Array) for x in carried):
             kinds = [leaf_kind(x.dtype) for x in carried]
-            header["carried"] = [
-                _snapshot.describe_leaf(k, x.shape) for k, x in zip(kinds, carried, strict=True)
-            ]
+            header["carried"] = {
+                "leaves": [_snapshot.describe_leaf(k, x.shape) for k, x in zip(kinds, carried)],
+                "levels": _snapshot.describe_levels(levels),
+            }
             for x, kind in zip(carried, kinds, strict=True):
                 stored = np.ascontiguousarray(to_stored(x, kind))
                 data.append(stored.reshape(-1).view(np.uint8))
@@ -88,7 +89,9 @@ def decode(record: np.ndarray, call: Loading, index: Any) -> None:
             treedef = _snapshot.understand_structure(state["structure"], like)
             snapshot = _snapshot.understand(state, treedef, data.read)
         if carried is not None:
-            carried = [_array(*_snapshot.understand_leaf(d), data) for d in carried]
+            leaves = [_snapshot.understand_leaf(d) for d in carried["leaves"]]
+            levels = _snapshot.understand_levels(carried["levels"], leaves)
+            carried = levels, [_array(*leaf, data) for leaf in leaves]
         data.finish()
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
         raise RuntimeError(

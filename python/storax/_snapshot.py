@@ -5,6 +5,7 @@ array of JAX's is made on the way, so that dtypes JAX would canonicalise (64 bit
 `jax_enable_x64`) come back as they were.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -24,12 +25,16 @@ from ._slot import LeafKind, Slot, Structure, leaf_kind, type_parts
 __all__ = ["Snapshot", "copy_slot", "put", "reduce_slot", "restore_slot", "take"]
 
 
+EVERY_DEVICE = -2  # storax::kEveryDevice
+
+
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """A state: its type, and by device each leaf's bytes as the store keeps them."""
 
     type_id: int
     data: dict[int, list[np.ndarray]]
+    order: tuple[int, ...] | None = None  # how the devices stand in their mesh, if it is known
 
 
 def take(slot: Slot) -> Snapshot | None:
@@ -45,7 +50,13 @@ def take(slot: Slot) -> Snapshot | None:
             "`jax.grad`, ...) traces a function: with the state as it is now, and not as it will be "
             "when the program gets there. Do it outside of that function."
         )
-    return Snapshot(type_id, {device: core.get(type_id, device) for device in core.devices})
+    data = {}
+    if type_parts(type_id).mesh:
+        with contextlib.suppress(RuntimeError):  # there need not be one
+            data[EVERY_DEVICE] = core.get(type_id, EVERY_DEVICE)
+    for device in core.devices:
+        data[device] = core.get(type_id, device)
+    return Snapshot(type_id, data, _store.mesh_orders.get(slot.id))
 
 
 def put(snapshot: Snapshot | None, slot: Slot) -> None:
@@ -53,7 +64,15 @@ def put(snapshot: Snapshot | None, slot: Slot) -> None:
     if snapshot is None:
         return
     for device, leaves in snapshot.data.items():
-        slot.core.set(snapshot.type_id, device, [x.ctypes.data for x in leaves])
+        type_id = snapshot.type_id
+        if device == EVERY_DEVICE:
+            # It was set outside of any mapped program, and so it is again.
+            parts = type_parts(type_id)
+            type_id = parts.structure.type_id(parts.shapes, parts.levels, ())
+            device = home()
+        slot.core.set(type_id, device, [x.ctypes.data for x in leaves])
+    if snapshot.order is not None:
+        _store.mesh_orders[slot.id] = snapshot.order
 
 
 def copy_slot(slot: Slot) -> Slot:
@@ -119,10 +138,15 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
     kinds = parts.structure.kinds
     return {
         "leaves": [describe_leaf(k, k.dims(s)) for k, s in zip(kinds, parts.shapes, strict=True)],
-        "levels": [[list(axes), moved] for axes, moved in parts.levels],
+        "levels": describe_levels(parts.levels),
         "mesh": [list(axis) for axis in parts.mesh],
         "devices": list(snapshot.data),
+        "order": snapshot.order and list(snapshot.order),
     }
+
+
+def describe_levels(levels: tuple) -> list[Any]:
+    return [[list(axes), moved] for axes, moved in levels]
 
 
 def understand(
@@ -137,8 +161,7 @@ def understand(
     leaves = [understand_leaf(d) for d in description["leaves"]]
     if len(leaves) != treedef.num_leaves:
         raise ValueError(f"{len(leaves)} leaves do not make up {treedef}")
-    levels = tuple((tuple(axes), bool(moved)) for axes, moved in description["levels"])
-    _check_levels(levels, leaves)
+    levels = understand_levels(description["levels"], leaves)
     mesh = tuple((str(name), int(size)) for name, size in description["mesh"])
     structure = _slot.structure_from(treedef, tuple(kind.dtype for kind, _ in leaves))
     shapes = tuple((*shape, *kind.trailing) for kind, shape in leaves)
@@ -146,10 +169,12 @@ def understand(
     found = {}
     for device in _place(description["devices"], mesh):
         found[device] = [_checked(read(kind, shape), kind, shape) for kind, shape in leaves]
-    return Snapshot(type_id, found)
+    order = description["order"]
+    return Snapshot(type_id, found, order and tuple(order))
 
 
-def _check_levels(levels: tuple, leaves: list) -> None:
+def understand_levels(description: list[Any], leaves: list[tuple[LeafKind, tuple]]) -> tuple:
+    levels = tuple((tuple(axes), bool(moved)) for axes, moved in description)
     for k, (axes, _) in enumerate(levels):
         # At this level, an array has lost the axes of the levels outside of it.
         for axis, (_, shape), *outer in zip(
@@ -158,6 +183,7 @@ def _check_levels(levels: tuple, leaves: list) -> None:
             rank = len(shape) - sum(a is not None for a in outer)
             if axis is not None and not (type(axis) is int and 0 <= axis < rank):
                 raise ValueError(f"{axis!r} is not a batch axis of an array of {rank} dimensions")
+    return levels
 
 
 def home() -> int:
@@ -173,7 +199,7 @@ def _place(devices: list[int], mesh: tuple) -> list[int]:
             raise ValueError(f"a state without mesh axes cannot be on {len(devices)} devices")
         return [home()]
     here = {_jax.device_ordinal(d) for d in jax.local_devices(backend="cpu")}
-    if not here.issuperset(devices):
+    if not here.issuperset({*devices} - {EVERY_DEVICE}):
         raise ValueError(
             f"it has one state on each of the devices {devices}, and this process has {sorted(here)}"
         )

@@ -66,7 +66,7 @@ class Maker(Regions):
         """A variable to go by, that differs between lanes if there is one."""
         variables = self.eligible(scope, lanes)
         differing = [v for v in variables if v.lanes]
-        variables = differing if differing and self.number(0, 3) else variables
+        variables = differing if differing and self.number(0, 7) else variables
         if not variables:
             return Const(self.number(0, 3)), Variable()
         v = self.pick(variables)
@@ -85,9 +85,9 @@ class Maker(Regions):
         kinds = [
             *[self.simple_kind() for _ in range(self.number(0, 1))],
             self.region_kind(scope) if deep else "bump",
-            *[self.simple_kind() for _ in range(self.number(0, 2))],
+            *[self.simple_kind() for _ in range(self.number(0, 1))],
         ]
-        if deep and not self.number(0, 3):
+        if deep and self.number(0, 5) == 5:
             kinds.append(self.region_kind(scope))
         for kind in kinds:
             if self.left <= 0:
@@ -102,8 +102,10 @@ class Maker(Regions):
         return self.pick(["bump", *SIMPLE])
 
     def region_kind(self, scope):
-        kinds = ["call", "call", "branch", "branch", "scan", "while", "fori", "grad", "vmap"]
-        return self.pick([*kinds, *["vmap"] * (5 if scope.waiting() else 0)])
+        kinds = ["call", "branch", "scan", "while", "fori", "grad"]
+        if scope.lanes:  # which may part company
+            kinds += ["branch", "while", "branch", "while", "fori", "call"]
+        return self.pick([*kinds, *["vmap"] * (9 if scope.waiting() else 1)])
 
     def results(self, scope, wanted):
         """An expression for each wanted variable, differing and active no more than that."""
@@ -184,11 +186,11 @@ def _slot(number, name):
     return Slot(name, vector, tuple(levels), number(0, 4), preset=not number(0, 2) == 2)
 
 
-def make_program(number, size=24, deepest=5) -> Program:
+def make_program(number, size=24) -> Program:
     slots = tuple(_slot(number, f"s{k}") for k in range(number(1, 3)))
     maker = Maker(number, size)
     scope = Scope((Variable("x"), Variable("y", True)), slots)
-    statements, after = maker.statements(scope, number(0, deepest))
+    statements, after = maker.statements(scope, (3, 2, 4, 3, 4, 5, 1)[number(0, 6)])
     new = after.variables[: len(after.variables) - len(scope.variables)]
     inputs = tuple(number(0, 4) for _ in range(3))
     return Program(slots, inputs, Block(statements, tuple(Var(v.name) for v in reversed(new))))

@@ -3,9 +3,10 @@
 # The interpreter that a new virtual environment is made with, and where that environment is.
 PYTHON ?= python3
 VENV ?= .venv
-# How many tests run at a time, and more arguments for pytest.
+# How many tests run at a time; more arguments for pytest, and for benchmarks/run.py.
 WORKERS ?= auto
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 BUILD := build/$(patsubst .%,%,$(notdir $(VENV)))
@@ -46,7 +47,7 @@ test-all: ## Run the tests in Python on every JAX that storax supports
 
 .PHONY: bench
 bench: $(VENV)/.extension $(VENV)/.bench ## Run the benchmarks
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.extension $(VENV)/.lint ## Check format, style, types and stubs

@@ -57,7 +57,7 @@ using Permutations = std::vector<std::vector<int>>;
 class Type {
  public:
   Type() = default;
-  Type(TypeDesc desc, TypeId id, TypeId base);
+  Type(TypeDesc desc, TypeId id, TypeId base = kNoType);
 
   TypeId id() const noexcept { return id_; }
   const TypeDesc& desc() const noexcept { return desc_; }
@@ -68,7 +68,7 @@ class Type {
   std::size_t total_bytes() const noexcept { return total_bytes_; }
   bool is_mapped() const noexcept { return !desc_.mesh.empty(); }
   // The type of one device's state: this one without its mesh axes.
-  TypeId base() const noexcept { return base_; }
+  TypeId base() const noexcept { return base_ == kNoType ? id_ : base_; }
   // On how many devices a mapped state lives.
   std::size_t num_devices() const noexcept;
 

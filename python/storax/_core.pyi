@@ -40,6 +40,11 @@ class Slot:
     def accepts(self, type: int) -> bool:
         """Whether an operation of this type would agree with the state."""
 
+    def reads_as(self, type: int) -> bool:
+        """
+        Whether a get of this type, outside of any mapped program, would succeed.
+        """
+
     def get(self, type: int, device: int) -> list:
         """
         Each leaf's bytes in fresh memory. RuntimeError if the slot holds another type.

@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import types
 import weakref
 from collections.abc import Iterable
 from types import FrameType
@@ -22,12 +23,12 @@ __all__ = ["NOTHING_HELD", "StateIndex"]
 
 # Frames of these packages say nothing about where a user made an index.
 _LIBRARIES = tuple(
-    os.path.dirname(os.path.abspath(module.__file__)) + os.sep for module in (eqx, jax, _core)
+    os.path.dirname(os.path.abspath(str(module.__file__))) + os.sep for module in (eqx, jax, _core)
 )
 
 
 def _creation_site() -> str:
-    frame = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(2)
     inside = ""
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         owner = frame.f_locals.get("self")

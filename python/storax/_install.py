@@ -1,5 +1,7 @@
 """Teaching JAX about state: once, with the first index."""
 
+from collections.abc import Callable
+
 from . import _control_flow, _jax, _lowering, _primitives, _unknown_jax
 
 __all__ = ["install"]
@@ -17,7 +19,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True  # at once: the checks of an unknown JAX make indices too
-    steps = (
+    steps: tuple[tuple[str, Callable[[], None]], ...] = (
         *_jax.PATCHES,
         ("vmap", _primitives.install_batching),
         ("grad", _primitives.install_differentiation),

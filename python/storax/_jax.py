@@ -149,7 +149,7 @@ def make_varying(x: Any, names: frozenset[str]) -> Any:
 # --- The effect ----------------------------------------------------------------------------------
 
 
-class StateEffect(_effects.Effect):
+class StateEffect(_effects.Effect):  # type: ignore[name-defined]
     """What an equation that gets or sets state does: JAX must neither drop nor reorder it."""
 
     __str__ = lambda self: "State"
@@ -238,7 +238,9 @@ def custom_vjp_rules(params: dict[str, Any]) -> tuple[Callable, Callable]:
 
     def backward(res, cts):
         out = list(bwd.call_wrapped(*res, *cts))
-        if out and isinstance(out[0], (list, tuple)):  # since 0.11: the cotangents and one thing more
+        if out and isinstance(
+            out[0], (list, tuple)
+        ):  # since 0.11: the cotangents and one thing more
             out = list(out[0])
         return [None if ct is None or is_zero(ct) else ct for ct in out]
 
@@ -276,7 +278,7 @@ def lower_inline(
     """Lowers a traceable function of these operands in place; its results' IR values."""
     sub = ctx.replace(avals_in=list(avals_in), avals_out=list(avals_out), primitive=None)
     results = _mlir.lower_fun(f, multiple_results=True)(sub, *args)
-    flat = []
+    flat: list[Any] = []
     for r in results:  # 0.10 wraps each result in a list
         flat.extend(r if isinstance(r, (list, tuple)) else [r])
     return flat
@@ -521,9 +523,9 @@ def define_partial_eval(primitive: Any) -> None:
     def staged_in_hoisting(trace, *tracers, **params):
         if not getattr(_partial_eval, "hoisting", False):
             return trace.default_process_primitive(primitive, tracers, params)
-        tracers = [trace.instantiate_const(t) for t in tracers]
-        out_avals, effects = primitive.abstract_eval(*[t.aval for t in tracers], **params)
-        return _stage(trace, tracers, primitive, params, out_avals, effects)
+        known = [trace.instantiate_const(t) for t in tracers]
+        out_avals, effects = primitive.abstract_eval(*[t.aval for t in known], **params)
+        return _stage(trace, known, primitive, params, out_avals, effects)
 
     _pe.partial_eval_jaxpr_custom_rules[primitive] = known_and_saved
     _pe.custom_partial_eval_rules[primitive] = staged_in_hoisting

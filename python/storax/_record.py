@@ -66,7 +66,9 @@ def encode(index: Any, token: str, state: _snapshot.Snapshot | None) -> Record:
         if carried is not None and all(isinstance(x, jax.Array) for x in carried):
             kinds = [leaf_kind(x.dtype) for x in carried]
             header["carried"] = {
-                "leaves": [_snapshot.describe_leaf(k, x.shape) for k, x in zip(kinds, carried)],
+                "leaves": [
+                    _snapshot.describe_leaf(k, x.shape) for k, x in zip(kinds, carried, strict=True)
+                ],
                 "levels": _snapshot.describe_levels(levels),
             }
             for x, kind in zip(carried, kinds, strict=True):

@@ -52,7 +52,7 @@ def stack(make: Callable[..., Any]) -> Callable[..., Any]:
                 "storax.stack must be called outside of `jax.jit`, `jax.vmap` and the like: it "
                 "looks at the states that the layers are made with."
             )
-        rows = None
+        rows = 0
 
         def make_one(*args: Any, **kwargs: Any) -> Any:
             nonlocal rows

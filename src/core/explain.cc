@@ -21,7 +21,7 @@ bool is_batched(const Type& type) {
 bool differ_only_in_position(const Type& a, const Type& b) {
   TypeDesc moved = a.desc();
   for (BatchLevel& level : moved.levels) level.moved = true;
-  return !a.desc().levels.empty() && Type(moved, kNoType, kNoType).agrees_up_to_moves(b, nullptr);
+  return !a.desc().levels.empty() && Type(moved, kNoType).agrees_up_to_moves(b, nullptr);
 }
 
 std::string hint(const Type& held, const Type& asked, bool is_get) {

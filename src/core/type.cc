@@ -212,8 +212,7 @@ TypeId intern_type(TypeDesc desc) {
   const std::lock_guard lock(reg.mutex);
   if (const auto it = reg.ids.find(key); it != reg.ids.end()) return it->second;
   const TypeId id = reg.types.size();
-  reg.types.append(
-      [&](Type& slot) { slot = Type(std::move(desc), id, base == kNoType ? id : base); });
+  reg.types.append([&](Type& slot) { slot = Type(std::move(desc), id, base); });
   reg.ids.emplace(std::move(key), id);
   return id;
 }

@@ -110,9 +110,9 @@ BOOST_AUTO_TEST_CASE(only_the_positions_differ) {
 }
 
 BOOST_AUTO_TEST_CASE(another_mesh) {
-  const TypeId plain = make_type(std::vector{f32({3})});
-  const TypeId mapped = make_type(std::vector{f32({3})}, Levels{}, std::vector<MeshAxis>{{"x", 2}});
-  for (const auto& texts : {mismatch(plain, mapped), mismatch(mapped, plain)}) {
+  const TypeId x = make_type(std::vector{f32({3})}, Levels{}, std::vector<MeshAxis>{{"x", 2}});
+  const TypeId y = make_type(std::vector{f32({3})}, Levels{}, std::vector<MeshAxis>{{"y", 2}});
+  for (const auto& texts : {mismatch(x, y), mismatch(y, x)}) {
     for (const std::string& text : texts)
       check_has(text, {"`shard_map` or `pmap`", "'x' of size 2"});
   }

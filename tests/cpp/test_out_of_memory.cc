@@ -178,6 +178,23 @@ BOOST_AUTO_TEST_CASE(creating_slots) {
   BOOST_TEST(usage().slots == 5000);
 }
 
+// A program may end, and its share with it, where nobody can be told of a failure.
+BOOST_AUTO_TEST_CASE(dropping_slots_needs_no_memory) {
+  const TypeId type = make_type(std::vector{f32({2})});
+  std::vector<SlotRef> slots;
+  // More than any other test, so that no room for them is left over.
+  for (int i = 0; i < 12000; ++i) slots.push_back(SlotRef::create("s"));
+  BOOST_TEST(set(slots[0], type, State(type)) == Status::kOk);
+  bool failed = false;
+  {
+    const FailAllocation fail(0);
+    slots.clear();
+    failed = fail.happened();
+  }
+  BOOST_TEST(!failed);
+  BOOST_TEST(usage().slots == 0);
+}
+
 BOOST_AUTO_TEST_CASE(interning) {
   const TypeDesc desc =
       describe({{"dtype of a name too long to be stored in place", 4, {2, 3}}}, {{{0}, false}},

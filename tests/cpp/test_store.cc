@@ -131,7 +131,7 @@ BOOST_AUTO_TEST_CASE(the_first_set_fixes_the_type) {
       describe({f32({6})}, {{{0}, false}}),
       describe({{"i32", 4, {2, 3}}}, {{{0}, false}}),
       describe({i8({2, 3})}, {{{0}, false}}),
-      describe({f32({2, 3})}, {{{0}, false}}, {{"x", 1}}),
+      describe({i8({2, 3})}, {{{0}, false}}, {{"x", 1}}),
   };
   for (const TypeDesc& other : others) {
     BOOST_TEST_CONTEXT(Type(other, 1).str()) {

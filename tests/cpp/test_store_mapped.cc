@@ -1,4 +1,5 @@
 // States mapped over a mesh: one cell per device.
+#include <algorithm>
 #include <random>
 #include <vector>
 
@@ -107,6 +108,68 @@ BOOST_AUTO_TEST_CASE(a_first_set_on_a_further_device_is_transposed_too) {
     BOOST_REQUIRE(set_masked(slot, moved, Masks(moved, true), in_moved, 2) == Status::kOk);
     BOOST_TEST(held(slot, home, 2) == in_home);
   }
+}
+
+const std::vector<MeshAxis> kPair = {{"x", 2}};
+
+TypeId one() { return make_type(std::vector{f32({3})}); }
+TypeId two() { return make_type(std::vector{f32({3})}, std::vector<BatchLevel>{}, kPair); }
+
+BOOST_AUTO_TEST_CASE(a_state_set_before_is_every_devices_at_first) {
+  const SlotRef slot = SlotRef::create("s");
+  const State before = State::random(one(), 1), own = State::random(two(), 2);
+  BOOST_TEST(set(slot, one(), before) == Status::kOk);
+  BOOST_TEST(slot->accepts(slot.id(), two()));
+  BOOST_TEST(held(slot, two(), 1) == before);
+  BOOST_TEST(slot->type() == one());  // a get changes nothing
+
+  BOOST_TEST(set(slot, two(), own, 1) == Status::kOk);
+  BOOST_TEST(slot->type() == two());
+  BOOST_TEST(held(slot, two(), 1) == own);
+  BOOST_TEST(held(slot, two(), 0) == before);
+  BOOST_TEST(slot->device() == kNoDevice);
+  BOOST_TEST(slot->devices() == std::vector<Device>{1}, boost::test_tools::per_element());
+  BOOST_TEST(set(slot, one(), before) == Status::kTypeMismatch);
+}
+
+BOOST_AUTO_TEST_CASE(what_is_the_same_everywhere_is_read_as_one) {
+  const SlotRef slot = SlotRef::create("s");
+  const State a = State::random(one(), 1), b = State::random(one(), 2);
+  State out(one());
+  BOOST_TEST(set(slot, two(), a, 0) == Status::kOk);
+  BOOST_TEST(get(slot, one(), &out) == Status::kTypeMismatch);  // device 1 has none
+  BOOST_TEST(!slot->reads_as(slot.id(), one()));
+  BOOST_TEST(set(slot, two(), b, 1) == Status::kOk);
+  BOOST_TEST(get(slot, one(), &out) == Status::kTypeMismatch);  // they differ
+  BOOST_TEST(set(slot, two(), a, 1) == Status::kOk);
+  BOOST_TEST(slot->reads_as(slot.id(), one()));
+  for (const Device d : {0, 1, 5}) BOOST_TEST(held(slot, one(), d) == a);
+}
+
+BOOST_AUTO_TEST_CASE(an_inherited_state_counts_while_some_device_has_it) {
+  const SlotRef slot = SlotRef::create("s");
+  const State before = State::random(one(), 1), own = State::random(one(), 2);
+  BOOST_TEST(set(slot, one(), before) == Status::kOk);
+  BOOST_TEST(set(slot, two(), own, 0) == Status::kOk);
+  BOOST_TEST(!slot->reads_as(slot.id(), one()));
+  BOOST_TEST(set(slot, two(), before, 0) == Status::kOk);
+  BOOST_TEST(held(slot, one()) == before);
+  BOOST_TEST(set(slot, two(), own, 0) == Status::kOk);
+  BOOST_TEST(set(slot, two(), own, 1) == Status::kOk);
+  BOOST_TEST(held(slot, one()) == own);  // nobody has the old one any more
+}
+
+BOOST_AUTO_TEST_CASE(a_masked_set_of_an_inherited_state_keeps_the_rest) {
+  const SlotRef slot = SlotRef::create("s");
+  const State before = State::random(one(), 1), own = State::random(two(), 2);
+  BOOST_TEST(set(slot, one(), before) == Status::kOk);
+  const bool mask[3] = {false, true, false};
+  const bool* const masks[1] = {mask};
+  BOOST_TEST(slot->set_masked(slot.id(), 1, two(), masks, own.in()) == Status::kOk);
+  State want = before;
+  std::copy_n(own.leaves[0].begin() + 4, 4, want.leaves[0].begin() + 4);
+  BOOST_TEST(held(slot, two(), 1) == want);
+  BOOST_TEST(held(slot, two(), 0) == before);
 }
 
 BOOST_AUTO_TEST_SUITE_END()

@@ -22,6 +22,7 @@ BOOST_AUTO_TEST_CASE(only_elements_under_the_mask_are_written) {
   BOOST_TEST(set_masked(slot, type, Masks(type, {true, false, true}), next) == Status::kOk);
   BOOST_TEST(held(slot, type) == next);
   BOOST_TEST(slot->num_sets() == 3);
+  BOOST_TEST(slot->version() == 3);
 }
 
 BOOST_AUTO_TEST_CASE(a_full_mask_is_a_set) {

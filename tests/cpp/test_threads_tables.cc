@@ -99,6 +99,37 @@ BOOST_AUTO_TEST_CASE(the_last_of_many_shares_frees_the_slot) {
   }
 }
 
+// One thread lets go of the last share just as the others ask for one: they get all or nothing.
+BOOST_AUTO_TEST_CASE(a_slot_on_its_way_out_cannot_be_shared) {
+  constexpr int kRounds = 1000;
+  const TypeId type = make_type(std::vector<Leaf>{{"s64", 8, {}}});
+  std::vector<SlotRef> first(kRounds);
+  std::vector<SlotId> ids(kRounds);
+  for (std::size_t i = 0; i < kRounds; ++i) {
+    first[i] = SlotRef::create("s");
+    ids[i] = first[i].id();
+    BOOST_REQUIRE(set(first[i], type, state_of(type, std::vector{ids[i]})) == Status::kOk);
+  }
+  Count lost;
+  std::atomic<std::size_t> round{0};
+  run_threads([&](int t) {
+    for (std::size_t i = 0; i < kRounds; ++i) {
+      if (t == 0) {
+        round = i;
+        first[i] = SlotRef();
+        continue;
+      }
+      while (round < i && round + 1 < kRounds) std::this_thread::yield();
+      const SlotRef ref = SlotRef::share(ids[i]);
+      SlotId value = -1;
+      std::byte* const out[] = {reinterpret_cast<std::byte*>(&value)};
+      if (ref) lost.add_if(ref->get(ids[i], 0, type, out) != Status::kOk || value != ids[i]);
+    }
+  });
+  BOOST_TEST(lost.value() == 0);
+  BOOST_TEST(usage().slots == 0);
+}
+
 BOOST_AUTO_TEST_CASE(all_threads_intern_the_same_types) {
   constexpr std::size_t kTypes = 1500;
   const auto describe_one = [](std::size_t i) {

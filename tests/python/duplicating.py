@@ -3,10 +3,12 @@
 import copy
 import io
 import pickle
+import re
 
 import cloudpickle
 import equinox as eqx
 import jax
+import pytest
 
 import storax
 
@@ -39,6 +41,31 @@ def save(tree, module=eqx, **kwargs):
 
 def load(data, like, module=eqx, **kwargs):
     return module.tree_deserialise_leaves(io.BytesIO(data), like, **kwargs)
+
+
+def causes(error):
+    """What is written under `raise ... from`, innermost last."""
+    found = []
+    while error is not None:
+        found.append(str(error))
+        error = error.__cause__
+    return "\n".join(found)
+
+
+def contents(tree):
+    """Slots, what they hold and how often they were set."""
+    indices = [x for x in jax.tree.leaves(tree, is_leaf=is_index) if is_index(x)]
+    return [(i._slot.id, i._slot.core.version, i._slot.core.type) for i in indices]
+
+
+def fails(data, like, match, module):
+    """Loading raises what matches, and nothing changes."""
+    before = contents(like)
+    with pytest.raises(RuntimeError) as raised:
+        load(data, like, module)
+    text = str(raised.value) if module is storax else causes(raised.value)
+    assert re.search(match, text), text
+    assert contents(like) == before
 
 
 DUPLICATES = {

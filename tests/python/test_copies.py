@@ -238,6 +238,17 @@ def test_a_first_set_that_is_under_way(duplicate):
         assert value(duplicate(index)) == 1
 
 
+def test_frozen_while_a_first_set_is_under_way(duplicate):
+    for get in (value, eqx.filter_jit(value_of)):
+        index = storax.StateIndex()
+        frozen = eqx.nn.inference_mode(index)
+        jax.jit(lambda m, i=index: storax.set_state(i, 1 + heavy(m)[0, 0] * 0))(
+            jnp.full((300, 300), 0.001)
+        )
+        assert get(frozen) == 1
+        assert get(duplicate(frozen)) == 1
+
+
 def test_an_earlier_failure_is_raised(duplicate):
     index = holding(jnp.zeros(3), name="late")
     fails = jax.jit(lambda m: storax.set_state(index, heavy(m)[0, 0]))
@@ -268,18 +279,39 @@ def test_masks(copied):
     assert value(eqx.combine(params, static)["i"]) == 2
 
 
+MESH = jax.sharding.Mesh([jax.devices()[k] for k in (2, 0, 3, 1)], ("d",))
+
+
+def on_each(f):
+    return jax.jit(jax.shard_map(f, mesh=MESH, in_specs=(P("d"),), out_specs=P("d")))
+
+
 def test_every_device(duplicate):
-    mesh = jax.sharding.Mesh(jax.devices(), ("d",))
     index = storax.StateIndex()
-
-    def on_each(f):
-        return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(P("d"),), out_specs=P("d")))
-
     on_each(lambda x: (storax.set_state(index, x * 2), x)[1])(jnp.arange(4.0))
     made = duplicate(index)
     on_each(lambda x: (storax.set_state(index, x * 0), x)[1])(jnp.arange(4.0))
+    frozen = eqx.nn.inference_mode(made)
+    np.testing.assert_array_equal(storax.get_state(made, jnp.zeros((4, 1))).ravel(), [0, 2, 4, 6])
+    np.testing.assert_array_equal(storax.get_state(frozen, jnp.zeros((4, 1))).ravel(), [0, 2, 4, 6])
+    np.testing.assert_array_equal(
+        on_each(lambda x: storax.get_state(made, x))(jnp.zeros(4)), [0, 2, 4, 6]
+    )
+
+
+def test_some_devices(duplicate):
+    """The others have the state from before the mapped program."""
+    index = holding(jnp.full(1, 5.0))
+
+    def set_first(x):
+        jax.lax.cond(x[0] == 1, lambda: storax.set_state(index, x + 6), lambda: None)
+        return x
+
+    on_each(set_first)(jnp.arange(4.0))
+    made = duplicate(index)
+    on_each(lambda x: (storax.set_state(index, x * 0), x)[1])(jnp.arange(4.0))
     got = on_each(lambda x: storax.get_state(made, x))(jnp.zeros(4))
-    np.testing.assert_array_equal(got, [0, 2, 4, 6])
+    np.testing.assert_array_equal(got, [5, 7, 5, 5])
 
 
 def test_on_its_device():

@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 import storax
 
 MESH = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+AXIS = P("i")
 MESH2 = jax.make_mesh((2, 2), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
 X = np.arange(4, dtype=np.float32)
 S0 = np.array([1, 2, 3, 4], np.float32)
 ZERO = jnp.float32(0)
 
 
-def shard(f, mesh=MESH, in_specs=P("i"), out_specs=P("i"), **kwargs):
+def shard(f, mesh=MESH, in_specs=AXIS, out_specs=AXIS, **kwargs):
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **kwargs)
 
 
@@ -37,7 +38,7 @@ def vma(request):
     return request.param
 
 
-def per_device(values=S0, mesh=MESH, spec=P("i"), vma=True):
+def per_device(values=S0, mesh=MESH, spec=AXIS, vma=True):
     """An index whose state is values[k] on device k."""
     index = storax.StateIndex(name="per device")
 
@@ -49,7 +50,7 @@ def per_device(values=S0, mesh=MESH, spec=P("i"), vma=True):
     return index
 
 
-def read(index, mesh=MESH, spec=P("i"), vma=True, shape=()):
+def read(index, mesh=MESH, spec=AXIS, vma=True, shape=()):
     f = lambda v: (
         storax.get_state(index, jnp.zeros(shape))[(None,) * len(spec)]
         + 0 * v.reshape(v.shape + (1,) * len(shape))
@@ -169,7 +170,7 @@ def test_grad_and_checkpoint_outside(vma):
     for wrap in (lambda f: f, jax.checkpoint):
         index = per_device(vma=vma)
         f = wrap(count(index))
-        grads = jax.jit(jax.grad(lambda x: f(x).sum()))(jnp.asarray(X))
+        grads = jax.jit(jax.grad(lambda x, f=f: f(x).sum()))(jnp.asarray(X))
         np.testing.assert_allclose(grads, np.cos(X) * S0, rtol=1e-6)
         np.testing.assert_allclose(read(index, vma=vma), S0 + 1)
 
@@ -308,7 +309,7 @@ def test_random_programs_run_in_order_on_every_device():
                     c = (c * 2 + state[a]) % 101
                 else:
                     state[a] = np.roll(state[b], 1) + v
-        f = lambda x, n=length: lax.scan(lambda c, _: (body(c), None), x, None, length=n)[0]
+        f = lambda x, n=length, b=body: lax.fori_loop(0, n, lambda _, carry: b(carry), x)
         np.testing.assert_allclose(jax.jit(shard(f))(jnp.arange(4.0)), c)
         for index, want in zip(indices, state, strict=True):
             np.testing.assert_allclose(read(index), want)

@@ -11,8 +11,23 @@ import random
 from hypothesis import strategies as st
 
 from .regions import Regions
-from .scope import Scope, Variable
-from .syntax import Block, Const, Expr, Get, Less, Let, Level, Op, Program, Psum, Set, Slot, Total, Var
+from .scope import NONE, Scope, Variable
+from .syntax import (
+    Block,
+    Const,
+    Expr,
+    Get,
+    Less,
+    Let,
+    Level,
+    Op,
+    Program,
+    Psum,
+    Set,
+    Slot,
+    Total,
+    Var,
+)
 
 
 class Maker(Regions):
@@ -38,7 +53,9 @@ class Maker(Regions):
     def expr(self, scope, lanes=None, active=None, depth=2) -> tuple[Expr, Variable]:
         """An expression that differs between no other lanes than these, and what is known of it."""
         variables = self.eligible(scope, lanes, active)
-        kinds = ["const"] + ["var"] * 4 * bool(variables) + ["op", "op", "less", "total"] * (depth > 0)
+        kinds = (
+            ["const"] + ["var"] * 4 * bool(variables) + ["op", "op", "less", "total"] * (depth > 0)
+        )
         kind = self.pick(kinds)
         if kind == "const":
             return Const(self.number(0, 3)), Variable()
@@ -63,19 +80,19 @@ class Maker(Regions):
         ]
 
     def decider(self, scope, lanes=None) -> tuple[Expr, Variable]:
-        """A variable to go by, that differs between lanes if there is one."""
+        """A number to go by, mostly 0, 1 or 2, that differs between lanes if anything does."""
         variables = self.eligible(scope, lanes)
         differing = [v for v in variables if v.lanes]
         variables = differing if differing and self.number(0, 7) else variables
         if not variables:
-            return Const(self.number(0, 3)), Variable()
+            return Const(self.number(0, 2)), Variable()
         v = self.pick(variables)
-        return Var(v.name), v
-
-    def predicate(self, scope, lanes=None) -> tuple[Expr, Variable]:
-        e, v = self.decider(scope, lanes)
-        other = Const(self.pick([2, 1, 3, 4, 0]))
-        return (Less(other, e) if self.flag() else Less(e, other)), v.but(active=frozenset())
+        # Multiplied, modulo a prime, what lies close together is scattered.
+        mixed = Op("*", Var(v.name), Const(self.pick([1, 3, 4, 7])))
+        low = Less(Const(self.number(0, 4)), mixed)
+        if self.flag():
+            return low, v.but(active=NONE)
+        return Op("+", low, Less(mixed, Const(self.number(3, 7)))), v.but(active=NONE)
 
     # Blocks
 
@@ -104,7 +121,7 @@ class Maker(Regions):
     def region_kind(self, scope):
         kinds = ["call", "branch", "scan", "while", "fori", "grad"]
         if scope.lanes:  # which may part company
-            kinds += ["branch", "while", "branch", "while", "fori", "call"]
+            kinds += ["branch", "while", "fori"] * 3
         return self.pick([*kinds, *["vmap"] * (9 if scope.waiting() else 1)])
 
     def results(self, scope, wanted):
@@ -180,7 +197,7 @@ SIMPLE = ("bump", "set", "get", "let", "psum")
 def _slot(number, name):
     vector = number(0, 1) == 1
     levels, rank = [], int(vector)
-    for _ in range((1, 0, 1, 1, 2)[number(0, 4)]):
+    for _ in range((1, 0, 1, 1, 1, 0, 1, 2)[number(0, 7)]):
         levels.insert(0, Level(number(2, 3), number(0, rank)))
         rank += 1
     return Slot(name, vector, tuple(levels), number(0, 4), preset=not number(0, 2) == 2)

@@ -117,13 +117,13 @@ class Regions:
             statement = self.make_get if self.number(0, 2) else self.make_bump
             new, scope = statement(scope.but(slots=tuple(slots)))
             made += new
-        return Block(tuple(made), (self.predicate(scope, lanes)[0],))
+        return Block(tuple(made), (self.decider(scope, lanes)[0],))
 
     # Branches
 
     def make_branch(self, scope, deep):
         how = self.pick(["cond", "switch"])
-        index, v = self.predicate(scope) if how == "cond" else self.decider(scope)
+        index, v = self.decider(scope)
         n = 2 if how == "cond" else self.pick([2, 3, 1])
         inner = scope.but(parted=scope.parted | v.lanes)
         shared = [s.name for s in scope.slots if not v.lanes <= scope.bound_to(s)]
@@ -155,7 +155,7 @@ class Regions:
             vmaps=(*scope.vmaps, (axis, size)), bound=(*scope.bound, *[(s, axis) for s in binds])
         )
         mapped, known = [], []
-        for _ in range(self.pick([1, 2, 0])):
+        for _ in range(self.pick([1, 2, 1, 2, 0])):
             start, v = self.expr(scope, depth=1)
             v = Variable(self.name("m"), self.flag(), v.lanes | {axis}, v.active)
             mapped.append(Mapped(v.name, start, v.vector, self.axis(v)))
@@ -163,8 +163,7 @@ class Regions:
         body, results = self.free_block(inner.plus(*known), deep, self.number(0, 2))
         after = self.outs(v.but(lanes=v.lanes - {axis}) for v in results)
         outs = tuple(
-            Unmapped(v.name, v.vector, self.axis(v), self.pick([None, *range(size)]))
-            for v in after
+            Unmapped(v.name, v.vector, self.axis(v), self.pick([None, *range(size)])) for v in after
         )
         return [Vmap(axis, size, tuple(mapped), binds, outs, body)], scope.plus(*after)
 

@@ -38,7 +38,7 @@ def _nothing_primitive(name: str, num_results: int) -> Any:
 
     @primitive.def_effectful_abstract_eval
     def _(*args):
-        return [_jax.shaped((), np.int32)] * num_results, {_jax.STATE}
+        return [_jax.shaped((), np.float32)] * num_results, {_jax.STATE}
 
     def lower(ctx, *args):
         return _jax.ordered_ffi_call(ctx, _jax.STATE, TARGET, args, ctx.avals_in, ctx.avals_out)
@@ -50,30 +50,44 @@ def _nothing_primitive(name: str, num_results: int) -> Any:
 # --- Contenders -----------------------------------------------------------------------------------
 
 
+# f32, since XLA knows what counting in integers comes to, without counting.
+ZERO = jnp.zeros(())
+
+
 @dataclass(frozen=True)
 class Loop:
     """A program of so many steps, and the number of steps that its state has counted."""
 
     program: Callable[[], Any]
     steps: int
-    counted: Callable[[], int] | None
+    counted: Callable[[], Any] | None
 
 
 def _loop(
     body: Callable[[jax.Array], jax.Array],
     steps: int,
-    counted: Callable[[], int] | None,
-    jit=jax.jit,
+    counted: Callable[[], Any] | None,
+    jit: Callable[..., Any] = jax.jit,
 ) -> Loop:
-    program = jit(
-        lambda start: lax.scan(lambda i, _: (body(i), None), start, None, length=steps)[0]
-    )
-    start = jnp.array(0)  # an argument, lest XLA work it all out when it compiles
-    return Loop(lambda: program(start), steps, counted)
+    """A scan whose carry counts the steps as well."""
+    program = jit(lambda i: lax.scan(lambda i, _: (body(i), None), i, None, length=steps)[0])
+    return Loop(lambda: program(ZERO), steps, counted)
 
 
 def _carry(steps: int) -> Loop:
-    return _loop(lambda i: i + 1, steps, None)
+    program = jax.jit(
+        lambda carry: lax.scan(
+            lambda carry, _: ((carry[0] + 1, carry[1] + 1), None), carry, None, length=steps
+        )[0]
+    )
+    state = ZERO
+
+    def run():
+        nonlocal state
+        i, state = program((ZERO, state))
+        return i
+
+    return Loop(run, steps, lambda: state)
 
 
 def _nothing(steps: int) -> Loop:
@@ -89,30 +103,30 @@ def _nothing(steps: int) -> Loop:
     return _loop(body, steps, None)
 
 
-def _storax(steps: int, jit=jax.jit) -> Loop:
+def _storax(steps: int, jit: Callable[..., Any] = jax.jit) -> Loop:
     index = storax.StateIndex()
-    storax.set_state(index, jnp.array(0))
+    storax.set_state(index, ZERO)
 
     def body(i):
-        storax.set_state(index, storax.get_state(index, like=i) + 1)
+        storax.set_state(index, storax.get_state(index, like=ZERO) + 1)
         return i + 1
 
-    return _loop(body, steps, lambda: int(storax.get_state(index, like=jnp.array(0))), jit)
+    return _loop(body, steps, lambda: storax.get_state(index, like=ZERO), jit)
 
 
 def _ref(steps: int) -> Loop:
-    ref = jax.new_ref(jnp.array(0))
+    ref = jax.new_ref(ZERO)
 
     def body(i):
         ref[...] = ref[...] + 1
         return i + 1
 
-    return _loop(body, steps, lambda: int(ref[...]))
+    return _loop(body, steps, lambda: ref[...])
 
 
 def _io_callback(steps: int, one_for_both: bool = False) -> Loop:
-    state = np.zeros((), np.int32)
-    like = jax.ShapeDtypeStruct((), jnp.int32)
+    state = np.zeros((), np.float32)
+    like = jax.ShapeDtypeStruct((), jnp.float32)
 
     def load():
         return state
@@ -126,14 +140,15 @@ def _io_callback(steps: int, one_for_both: bool = False) -> Loop:
 
     def body(i):
         if one_for_both:
-            return i + jax.experimental.io_callback(both, like, ordered=True) * 0 + 1
-        value = jax.experimental.io_callback(load, like, ordered=True)
-        jax.experimental.io_callback(save, None, value + 1, ordered=True)
+            jax.experimental.io_callback(both, like, ordered=True)
+        else:
+            value = jax.experimental.io_callback(load, like, ordered=True)
+            jax.experimental.io_callback(save, None, value + 1, ordered=True)
         return i + 1
 
     def counted():
         jax.effects_barrier()
-        return int(state)
+        return state
 
     return _loop(body, steps, counted)
 
@@ -146,7 +161,7 @@ def measure(quick: bool, large: bool) -> Findings:
     found = Findings(
         "scan",
         "A get and a set in each step of a scan",
-        f"Time per step of a scan of {steps:,} steps that counts its steps in a state of i32[] "
+        f"Time per step of a scan of {steps:,} steps that counts its steps in a state of f32[] "
         f"({callbacks} steps where each calls back to Python).",
     )
     loops = {
@@ -180,9 +195,9 @@ def measure(quick: bool, large: bool) -> Findings:
 
 
 def _check(key: str, loop: Loop) -> None:
-    before = loop.counted() if loop.counted else 0
+    before = float(loop.counted()) if loop.counted else 0.0
     for _ in range(2):
         if int(loop.program()) != loop.steps:
             raise AssertionError(f"{LABELS[key]}: not {loop.steps} steps")
-    if loop.counted and loop.counted() - before != 2 * loop.steps:
-        raise AssertionError(f"{LABELS[key]}: counted {loop.counted() - before} steps")
+    if loop.counted and float(loop.counted()) - before != 2 * loop.steps:
+        raise AssertionError(f"{LABELS[key]}: counted from {before} to {loop.counted()}")

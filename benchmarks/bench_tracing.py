@@ -48,7 +48,7 @@ def _measure_stateless(found: Findings, quick: bool) -> None:
         roles = {
             role: [
                 stack.enter_context(_worker(with_storax=role == "with"))
-                for _ in range(1 if quick else 3)
+                for _ in range(1 if quick else 2)
             ]
             for role in (WITHOUT, AGAIN, "with")
         }

@@ -102,13 +102,19 @@ def _label_ends(ax: Axes, ends: list[tuple[tuple, str, str, bool]], x: float) ->
     """Names lines at the right, beside where they end, but never two names in one place."""
     low, high = ax.get_ylim()
     line = (high / low) ** 0.04  # the height of a line of text
-    floor = 0.0
-    for end, text, colour, strong in sorted(ends, key=lambda item: item[0][1]):
-        floor = max(end[1], floor * line)
+    ends = sorted(ends, key=lambda item: item[0][1])
+    heights: list[float] = []
+    for end, *_ in ends:
+        heights.append(max(end[1], heights[-1] * line if heights else low))
+    ceiling = high
+    for i in reversed(range(len(ends))):
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] / line
+    for (end, text, colour, strong), height in zip(ends, heights, strict=True):
         ax.annotate(
             text,
             end,
-            (x, floor),
+            (x, height),
             color=colour,
             fontsize=9,
             fontweight="bold" if strong else "normal",

@@ -109,8 +109,9 @@ class Slot {
                std::vector<Walk>* walks) noexcept STORAX_REQUIRES(lock_);
   Status prepare_set(SlotId id, Device device, TypeId type, std::vector<Walk>* walks,
                      Cell** cell) noexcept STORAX_REQUIRES(lock_);
-  Status check_row(SlotId id, Device device, TypeId asked, std::int64_t row) noexcept
-      STORAX_REQUIRES(lock_);
+  Status inherit(SlotId id, Device device, TypeId type) noexcept STORAX_REQUIRES(lock_);
+  Status check_row(SlotId id, Device device, Event::Kind op, TypeId asked,
+                   std::int64_t row) noexcept STORAX_REQUIRES(lock_);
   void note(Event::Kind kind, const Cell& cell) noexcept STORAX_REQUIRES(lock_);
   void drop() noexcept;
 

@@ -17,12 +17,13 @@ __all__ = ["Slot", "Structure", "structure_of"]
 class Slot:
     """One slot of the store, as shared by all copies of an index."""
 
-    __slots__ = ("__weakref__", "core", "plan", "published")
+    __slots__ = ("__weakref__", "core", "plan", "published", "quick")
 
     def __init__(self, name: str):
         self.core = _core.create_slot(name)
         self.published: Published | None = None
         self.plan: tuple[Any, Any] | None = None  # how the last eager get was done
+        self.quick: tuple[Any, Any] | None = None  # the same, if it was of one array
 
     @property
     def id(self) -> int:

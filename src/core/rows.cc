@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "copy.h"
 #include "storax/store.h"
 
 namespace storax {
@@ -27,24 +28,27 @@ bool none_taken(const Type& type, std::span<const bool* const> masks) {
 
 }  // namespace
 
-Status Slot::check_row(SlotId id, Device device, TypeId asked, std::int64_t row) noexcept {
+Status Slot::check_row(SlotId id, Device device, Event::Kind op, TypeId asked,
+                       std::int64_t row) noexcept {
+  std::vector<Walk> walks;
+  const Status status = check(id, device, op, asked, &walks);
+  const bool has_state = status == Status::kOk || status == Status::kNeverSet;
+  if (!has_state || type_id_ == kNoType) return status;
   // Nothing moves the axis of rows, and few states have rows: only the plain layout is served.
-  if (!is_live(id)) return Status::kDropped;
-  if (type_id_ == kNoType) return Status::kNeverSet;
-  if (type_id_ != asked) return Status::kTypeMismatch;
-  if (find_cell(device) == nullptr) {
-    return type_->is_mapped() ? Status::kNeverSet : Status::kWrongDevice;
+  for (const Walk& walk : walks) {
+    if (!walk.keeps_order()) return Status::kTypeMismatch;
   }
   for (const Leaf& leaf : type_->desc().leaves) {
     if (leaf.dims.empty() || row < 0 || row >= leaf.dims[0]) return Status::kNoSuchRow;
   }
-  return Status::kOk;
+  return status;
 }
 
 Status Slot::get_row(SlotId id, Device device, TypeId want, std::int64_t row, Leaves out) noexcept {
   const SpinGuard guard(lock_);
-  if (const Status status = check_row(id, device, want, row); status != Status::kOk) return status;
-  const Cell& cell = *find_cell(device);
+  const Status status = check_row(id, device, Event::Kind::kGet, want, row);
+  if (status != Status::kOk) return status;
+  const Cell& cell = cell_to_read(device, want);
   for (std::size_t k = 0; k < out.size(); ++k) {
     const std::size_t bytes = row_bytes(*type_, k);
     if (bytes == 0) continue;
@@ -62,10 +66,9 @@ Status Slot::set_row(SlotId id, Device device, TypeId type, std::int64_t row,
   if (asked == nullptr) return Status::kTypeMismatch;
   if (none_taken(*asked, masks)) return Status::kOk;  // as in set_masked
   const SpinGuard guard(lock_);
-  const Status status = check_row(id, device, type, row);
-  if (status != Status::kOk) {
-    return status == Status::kNeverSet ? Status::kPartialFirstSet : status;
-  }
+  Status status = check_row(id, device, Event::Kind::kSet, type, row);
+  if (status == Status::kNeverSet) status = inherit(id, device, type);
+  if (status != Status::kOk) return status;
   const Cell& cell = *find_cell(device);
   for (std::size_t k = 0; k < in.size(); ++k) {
     const std::size_t bytes = row_bytes(*type_, k), item = type_->desc().leaves[k].item_bytes;

@@ -204,6 +204,18 @@ Status Slot::prepare_set(SlotId id, Device device, TypeId type, std::vector<Walk
   return Status::kOk;
 }
 
+// Before the first set of a part on a device: gives it a copy of the state that was set outside of
+// the mapped program.
+Status Slot::inherit(SlotId id, Device device, TypeId type) noexcept {
+  const bool has_one = type_id_ != kNoType && (!type_->is_mapped() || home_.device == kEveryDevice);
+  if (!has_one) return Status::kPartialFirstSet;
+  std::vector<Walk> walks;
+  Cell* made = nullptr;
+  const Status status = prepare_set(id, device, type, &walks, &made);
+  if (status == Status::kOk) std::memcpy(made->data, home_.data, type_->total_bytes());
+  return status;
+}
+
 Status Slot::set(SlotId id, Device device, TypeId type, ConstLeaves in) noexcept {
   const SpinGuard guard(lock_);
   std::vector<Walk> walks;
@@ -238,15 +250,7 @@ Status Slot::set_masked(SlotId id, Device device, TypeId type, std::span<const b
   const SpinGuard guard(lock_);
   std::vector<Walk> walks;
   Status status = check(id, device, Event::Kind::kSet, type, &walks);
-  if (status == Status::kNeverSet) {
-    const bool has_one = type_id_ != kNoType && home_.data != nullptr &&
-                         (!type_->is_mapped() || home_.device == kEveryDevice);
-    if (!has_one) return Status::kPartialFirstSet;
-    walks.clear();
-    Cell* made = nullptr;
-    status = prepare_set(id, device, type, &walks, &made);
-    if (status == Status::kOk) std::memcpy(made->data, home_.data, type_->total_bytes());
-  }
+  if (status == Status::kNeverSet) status = inherit(id, device, type);
   if (status != Status::kOk) return status;
   const Cell& cell = *find_cell(device);
   for (std::size_t k = 0; k < in.size(); ++k) {

@@ -126,6 +126,34 @@ BOOST_AUTO_TEST_CASE(first_set_on_a_further_device) {
   BOOST_TEST(held(slot, types.moved, 1) == next);
 }
 
+// A mapped program's first set of a part of a state that was set before it.
+BOOST_AUTO_TEST_CASE(first_set_of_a_part_on_a_device) {
+  const Moved types;
+  const TypeId plain = find_type(types.home)->base();
+  const State before = State::random(plain, 1), next = State::random(types.moved, 2);
+  const std::vector<const std::byte*> in = next.in();
+  const Masks most(types.moved, true);
+  most.leaf(0)[0] = false;
+  const SlotRef masked = SlotRef::create("s"), row = SlotRef::create("s");
+  const std::vector<std::function<Status()>> ways = {
+      [&] { return masked->set_masked(masked.id(), 1, types.moved, most.pointers(), in); },
+      [&] { return row->set_row(row.id(), 1, types.home, 0, {}, in); },
+  };
+  for (const SlotRef* slot : {&masked, &row}) {
+    BOOST_REQUIRE(set(*slot, plain, before) == Status::kOk);
+    const std::int64_t bytes = usage().bytes;
+    BOOST_TEST(fail_each_allocation(ways[slot == &row ? 1 : 0], [&] {
+                 BOOST_TEST((*slot)->type() == plain);
+                 BOOST_TEST((*slot)->version() == 1);
+                 BOOST_TEST((*slot)->devices().size() == 1u);
+                 BOOST_TEST(held(*slot, plain) == before);
+                 BOOST_TEST(usage().bytes == bytes);
+               }) > 0);
+    BOOST_TEST((*slot)->type() == types.home);
+    BOOST_TEST(held(*slot, types.home, 1) != before);
+  }
+}
+
 // An event that cannot be kept is no reason for the operation to fail.
 BOOST_AUTO_TEST_CASE(watched_operations) {
   const TypeId type = make_type(std::vector{f32({2})});

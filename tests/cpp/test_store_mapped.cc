@@ -172,6 +172,38 @@ BOOST_AUTO_TEST_CASE(a_masked_set_of_an_inherited_state_keeps_the_rest) {
   BOOST_TEST(held(slot, two(), 0) == before);
 }
 
+// Set outside of the mapped program and of control flow, used inside of both.
+BOOST_AUTO_TEST_CASE(a_state_set_before_is_transposed_too) {
+  std::mt19937 bits(9);
+  for (int i = 0; i < 200; ++i) {
+    const TwoLayouts two_ways = random_layouts(&bits);
+    const TypeId plain = intern_type(describe_layouts({two_ways.a}, false));
+    const TypeId outside = intern_type(describe_layouts({two_ways.a}, false, kPair));
+    const TypeId inside = intern_type(describe_layouts({two_ways.b}, true, kPair));
+    const State before = state_of(plain, two_ways.a.elements());
+    const State seen = state_of(inside, two_ways.b.elements());
+    const SlotRef slot = SlotRef::create("s");
+    BOOST_REQUIRE(set(slot, plain, State(plain)) == Status::kOk);
+    BOOST_REQUIRE(set(slot, inside, seen, 1) == Status::kOk);
+    BOOST_TEST(held(slot, outside, 1) == before);
+    BOOST_TEST(held(slot, outside, 0) == State(outside));
+
+    // The first masked set takes the rest from the state there was.
+    const SlotRef masked = SlotRef::create("s");
+    BOOST_REQUIRE(set(masked, plain, before) == Status::kOk);
+    BOOST_TEST(held(masked, inside, 1) == seen);
+    const Masks masks(inside, true);
+    masks.leaf(0)[bits() % masks.size(0)] = false;
+    State expected = seen;
+    for (std::size_t e = 0; e < masks.size(0); ++e) {
+      if (masks.leaf(0)[e]) std::fill_n(&expected.leaves[0][8 * e], 8, std::byte{0});
+    }
+    BOOST_REQUIRE(set_masked(masked, inside, masks, State(inside), 1) == Status::kOk);
+    BOOST_TEST(held(masked, inside, 1) == expected);
+    BOOST_TEST(held(masked, inside, 0) == seen);
+  }
+}
+
 BOOST_AUTO_TEST_SUITE_END()
 
 }  // namespace

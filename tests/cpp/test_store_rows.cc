@@ -1,4 +1,5 @@
 // Slot::get_row and set_row: one row of a state whose leaves are stacked.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <random>
@@ -134,6 +135,9 @@ BOOST_AUTO_TEST_CASE(rows_are_checked_like_states) {
     BOOST_TEST(get_row(slot, wrong, 0, &row) == Status::kTypeMismatch);
     BOOST_TEST(set_row(slot, wrong, 0, row) == Status::kTypeMismatch);
   }
+  for (const TypeId unknown : {kNoType, TypeId{0xffffffff}}) {
+    BOOST_TEST(set_row(slot, unknown, 0, Masks(one_row(), true), row) == Status::kTypeMismatch);
+  }
   BOOST_TEST(get_row(slot, stacked(), 0, &row, 1) == Status::kWrongDevice);
   BOOST_TEST(set_row(slot, stacked(), 0, row, 1) == Status::kWrongDevice);
   BOOST_TEST(row == State::random(one_row(), 2));
@@ -173,6 +177,55 @@ BOOST_AUTO_TEST_CASE(rows_on_each_device_of_a_mesh) {
   BOOST_TEST(set_row(slot, type, 1, state_of<float>(row_type, {9}), 1) == Status::kOk);
   BOOST_TEST(held(slot, type, 0) == state_of<float>(type, {1, 2}));
   BOOST_TEST(held(slot, type, 1) == state_of<float>(type, {3, 9}));
+}
+
+// A mapped program may work on rows of a state that was set before it, as it may on the whole.
+BOOST_AUTO_TEST_CASE(rows_of_a_state_that_every_device_has_at_first) {
+  const TypeId plain = make_type(std::vector{f32({2})});
+  const TypeId type =
+      make_type(std::vector{f32({2})}, std::vector<BatchLevel>{}, std::vector<MeshAxis>{{"x", 4}});
+  const TypeId row_type = make_type(std::vector{f32({})});
+  const SlotRef slot = SlotRef::create("s");
+  BOOST_REQUIRE(set(slot, plain, state_of<float>(plain, {1, 2})) == Status::kOk);
+  State row(row_type);
+  BOOST_TEST(get_row(slot, type, 1, &row, 3) == Status::kOk);
+  BOOST_TEST(row == state_of<float>(row_type, {2}));
+  BOOST_TEST(set_row(slot, type, 2, row, 3) == Status::kNoSuchRow);
+  BOOST_TEST(slot->type() == plain);
+
+  BOOST_TEST(set_row(slot, type, 1, state_of<float>(row_type, {9}), 3) == Status::kOk);
+  BOOST_TEST(slot->type() == type);
+  BOOST_TEST(held(slot, type, 3) == state_of<float>(type, {1, 9}));
+  BOOST_TEST(get_row(slot, type, 1, &row, 0) == Status::kOk);
+  BOOST_TEST(row == state_of<float>(row_type, {2}));
+  BOOST_TEST(get_row(slot, type, 2, &row, 0) == Status::kNoSuchRow);
+  BOOST_TEST(set_row(slot, type, 2, row, 0) == Status::kNoSuchRow);
+  BOOST_TEST(slot->devices() == (std::vector{3}), boost::test_tools::per_element());
+  const Masks all(row_type, true);
+  BOOST_TEST(set_row(slot, type, 0, all, state_of<float>(row_type, {7}), 0) == Status::kOk);
+  BOOST_TEST(held(slot, type, 0) == state_of<float>(type, {7, 2}));
+  BOOST_TEST(held(slot, type, 1) == state_of<float>(type, {1, 2}));
+}
+
+// Control flow that JAX batched may have moved the lanes, or have left them where they were.
+BOOST_AUTO_TEST_CASE(rows_whose_batch_axes_jax_may_have_moved) {
+  using Levels = std::vector<BatchLevel>;
+  const TypeId type = make_type(std::vector{f32({2, 3, 3})}, Levels{{{1}, false}});
+  const TypeId in_place = make_type(std::vector{f32({2, 3, 3})}, Levels{{{1}, true}});
+  const TypeId elsewhere = make_type(std::vector{f32({2, 3, 3})}, Levels{{{2}, true}});
+  const TypeId row_type = make_type(std::vector{f32({3, 3})});
+  const SlotRef slot = SlotRef::create("s");
+  State whole = State::random(type, 1), row(row_type);
+  BOOST_REQUIRE(set(slot, type, whole) == Status::kOk);
+  BOOST_TEST(get_row(slot, in_place, 1, &row) == Status::kOk);
+  BOOST_TEST(std::equal(row.leaves[0].begin(), row.leaves[0].end(), whole.leaves[0].begin() + 36));
+  BOOST_TEST(set_row(slot, in_place, 0, row) == Status::kOk);
+  std::copy_n(whole.leaves[0].begin() + 36, 36, whole.leaves[0].begin());
+  BOOST_TEST(held(slot, type) == whole);
+  BOOST_TEST(get_row(slot, elsewhere, 0, &row) == Status::kTypeMismatch);
+  BOOST_TEST(set_row(slot, elsewhere, 0, row) == Status::kTypeMismatch);
+  BOOST_TEST(set_row(slot, elsewhere, 0, Masks(row_type, true), row) == Status::kTypeMismatch);
+  BOOST_TEST(held(slot, type) == whole);
 }
 
 BOOST_AUTO_TEST_CASE(row_operations_are_events) {

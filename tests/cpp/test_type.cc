@@ -98,8 +98,9 @@ BOOST_AUTO_TEST_CASE(names_cannot_pose_as_other_fields) {
   for (int i = 0; i < 5000; ++i) {
     TypeDesc desc = describe({f32({1})});
     std::vector<std::pair<std::string, std::int64_t>> key;
-    for (auto n = bits() % 3; n > 0; --n)
+    for (auto n = bits() % 3; n > 0; --n) {
       desc.mesh.push_back({name(), 1 + static_cast<int>(bits() % 12)});
+    }
     desc.leaves[0].dtype = name();
     for (const MeshAxis& axis : desc.mesh) key.emplace_back(axis.name, axis.size);
     key.emplace_back(desc.leaves[0].dtype, -1);
@@ -116,6 +117,19 @@ BOOST_AUTO_TEST_CASE(names_cannot_pose_as_other_fields) {
 BOOST_AUTO_TEST_CASE(ids_that_name_nothing) {
   BOOST_TEST(find_type(kNoType) == nullptr);
   BOOST_TEST(find_type(0xffffffff) == nullptr);
+}
+
+BOOST_AUTO_TEST_CASE(one_devices_part_of_a_mapped_type) {
+  const TypeId mapped = intern_type(rich());
+  TypeDesc one = rich();
+  one.mesh.clear();
+  BOOST_TEST(find_type(mapped)->is_mapped());
+  BOOST_TEST(find_type(mapped)->base() == intern_type(one));
+  BOOST_TEST(find_type(mapped)->num_devices() == 6u);
+  const TypeId base = find_type(mapped)->base();
+  BOOST_TEST(!find_type(base)->is_mapped());
+  BOOST_TEST(find_type(base)->base() == base);
+  BOOST_TEST(find_type(base)->num_devices() == 1u);
 }
 
 BOOST_AUTO_TEST_CASE(leaves_lie_on_cache_lines_and_do_not_overlap) {

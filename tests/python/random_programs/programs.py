@@ -203,11 +203,11 @@ def _slot(number, name):
     return Slot(name, vector, tuple(levels), number(0, 4), preset=not number(0, 2) == 2)
 
 
-def make_program(number, size=24) -> Program:
+def make_program(number, size=16) -> Program:
     slots = tuple(_slot(number, f"s{k}") for k in range(number(1, 3)))
     maker = Maker(number, size)
     scope = Scope((Variable("x"), Variable("y", True)), slots)
-    statements, after = maker.statements(scope, (3, 2, 4, 3, 4, 5, 1)[number(0, 6)])
+    statements, after = maker.statements(scope, (3, 2, 4, 3, 4, 2, 1)[number(0, 6)])
     new = after.variables[: len(after.variables) - len(scope.variables)]
     inputs = tuple(number(0, 4) for _ in range(3))
     return Program(slots, inputs, Block(statements, tuple(Var(v.name) for v in reversed(new))))

@@ -85,13 +85,14 @@ class Regions:
         return self.bindings(outs), scope.plus(*outs)
 
     def make_fori(self, scope, deep):
-        item = Variable(self.name("i"))
         if self.flag():
             count, v = self.decider(scope.without(scope.backward))
             lanes, inner = v.lanes, self.in_loop(scope, v.lanes)
         else:
             count, lanes, inner = self.pick([2, 1, 3, 2, 3, 0]), NONE, scope
         carries, known = self.carries(scope, inner, lanes)
+        # The counter is a carry to JAX: where lanes leave the loop one by one, each has its own.
+        item = Variable(self.name("i"), False, lanes)
         body = self.block(inner.plus(item, *known), deep, known)
         outs, after = self.after_loop(scope, known)
         return [Fori(count, item.name, carries, outs, body)], after

@@ -13,7 +13,7 @@ from ._primitives import (
     split_row,
     whole_type,
 )
-from ._slot import structure_at
+from ._slot import structure_at, type_parts
 
 __all__ = ["install"]
 
@@ -45,6 +45,11 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     _unknown_jax.require("jit")
     _refuse(ctx, slot, op)
     _store.register_handlers()
+    held = slot.type
+    if mesh and held and not type_parts(held).mesh:
+        # The type that a state set before will have from its first set on a device on.
+        parts = type_parts(held)
+        parts.structure.type_id(parts.shapes, parts.levels, mesh)
     order = _jax.mesh_ordinals(ctx)
     if order:
         _store.mesh_orders[slot_id] = order

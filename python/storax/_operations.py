@@ -100,7 +100,7 @@ def get_state(index: StateIndex, like: T) -> T:
     if type(like) is _jax.Array and type(index) is StateIndex and index.inference is False:
         # The same eager get of one array as last time.
         quick = index._slot.quick
-        if quick is not None and like.aval == quick[0] and _jax.no_trace():
+        if quick is not None and _jax.no_trace() and jax.typeof(like) == quick[0]:
             return _store.run_get(index._slot.core, quick[1])[0]
     _check_index(index, "get_state")
     slot = index._slot
@@ -119,7 +119,7 @@ def get_state(index: StateIndex, like: T) -> T:
     elif _jax.no_trace() and index._rows is None:
         out = _get_now(slot, leaves, structure)
         if leaves and like is leaves[0] and type(like) is _jax.Array and slot.plan is not None:
-            slot.quick = (like.aval, slot.plan[1])
+            slot.quick = (jax.typeof(like), slot.plan[1])
     else:
         row, params = _parameters(index, structure, "get_state")
         out = get_p.bind(*row, *leaves, **params)

@@ -23,7 +23,8 @@ __all__ = ["NOTHING_HELD", "StateIndex"]
 
 # Frames of these packages say nothing about where a user made an index.
 _LIBRARIES = tuple(
-    os.path.dirname(os.path.abspath(str(module.__file__))) + os.sep for module in (eqx, jax, _core)
+    os.path.dirname(os.path.abspath(file)) + os.sep
+    for file in (str(eqx.__file__), str(jax.__file__), __file__)
 )
 
 

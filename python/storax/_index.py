@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox import _compile_utils as eqx_compile_utils
 
-from . import _core, _jax, _serialise, _store
+from . import _jax, _serialise, _store
 from ._install import install
 from ._slot import Published, Slot, type_parts
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from report import Findings, Goal, number, seconds
 from timing import AGAIN
 
@@ -46,8 +46,8 @@ def draw(findings: Sequence[Findings], folder: Path) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    # Without a date, so that the same results make the same file.
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    # Without matplotlib's version, so that the same results make the same file.
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
     return path
 
 
@@ -150,6 +150,7 @@ def _draw_goals(findings: Sequence[Findings]) -> Figure:
     ax.axvline(1, color=INK, lw=1)
     ax.set(xscale="log", ylim=(y - 0.7, -0.9), yticks=[])
     ax.spines["left"].set_visible(False)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("measured, as a part of the goal: left of the line it is met", color=INK)

@@ -130,7 +130,7 @@ def _write(findings: list[Findings], folder: Path) -> None:
         _goals(findings),
         *[f.as_markdown() for f in findings],
         "## Where this was measured",
-        *[f"- {f.name}: {'; '.join(f.environment.values())}" for f in findings],
+        "\n".join(f"- {f.name}: {'; '.join(f.environment.values())}" for f in findings),
     ]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n")
 

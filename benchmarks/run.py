@@ -36,6 +36,7 @@ def main() -> int:
     failed = []
     for name in names:
         print(f"--- {name}\n", flush=True)
+        (folder / f"{name}.json").unlink(missing_ok=True)
         # A process each: what one leaves behind is not to slow down the next.
         command = [sys.executable, __file__, "--in-this-process", "--only", name]
         command += ["--out", str(folder)]

@@ -112,6 +112,8 @@ class Slot {
   Status inherit(SlotId id, Device device, TypeId type) noexcept STORAX_REQUIRES(lock_);
   Status check_row(SlotId id, Device device, Event::Kind op, TypeId asked,
                    std::int64_t row) noexcept STORAX_REQUIRES(lock_);
+  void count_get(const Cell& cell) noexcept STORAX_REQUIRES(lock_);
+  void count_set(const Cell& cell) noexcept STORAX_REQUIRES(lock_);
   void note(Event::Kind kind, const Cell& cell) noexcept STORAX_REQUIRES(lock_);
   void drop() noexcept;
 
@@ -127,7 +129,7 @@ class Slot {
   std::size_t watch_capacity_ STORAX_GUARDED_BY(lock_) = 0;
   std::vector<Event> events_ STORAX_GUARDED_BY(lock_);
   std::string name_ STORAX_GUARDED_BY(lock_);
-  std::atomic<std::int64_t> version_{0};
+  std::atomic<std::int64_t> version_{0};  // written under lock_ only
   std::atomic<std::int64_t> programs_{0};
   std::atomic<std::int64_t> refs_{0};
 };

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "call_frame.h"
 #include "handlers.h"
 #include "storax/storax.h"
 #include "xla/ffi/api/ffi.h"
@@ -212,13 +213,49 @@ auto bind_state() {
       .RemainingArgs()
       .RemainingRets();
 }
-XLA_FFI_DEFINE_HANDLER(kGet, get, bind_state());
-XLA_FFI_DEFINE_HANDLER(kSet, set, bind_state());
+XLA_FFI_DEFINE_HANDLER(kTypedGet, get, bind_state());
+XLA_FFI_DEFINE_HANDLER(kTypedSet, set, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetMasked, set_masked, bind_state());
 XLA_FFI_DEFINE_HANDLER(kGetRow, get_row, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetRow, set_row, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetRowMasked, set_row_masked, bind_state());
 XLA_FFI_DEFINE_HANDLER(kNothing, nothing, xf::Ffi::Bind().RemainingArgs().RemainingRets());
+
+// The short way, for operations that succeed. Whatever else comes is left to the typed handlers: a
+// failed operation has done nothing, so that they can try again, and say why it fails.
+template <class Operation>
+bool succeeds(const XLA_FFI_CallFrame& frame, Operation&& operation) noexcept {
+  const std::int64_t* state = find_state(frame);
+  Device device = kNoDevice;
+  if (state == nullptr || !find_device(frame, &device)) return false;
+  const Target target(xf::Span<const std::int64_t>(state, kStateSize));
+  Slot* slot = find_slot(target.slot);
+  return slot != nullptr && operation(*slot, target, device) == Status::kOk;
+}
+
+bool get_quickly(const XLA_FFI_CallFrame& frame) noexcept {
+  const XLA_FFI_Rets& rets = frame.rets;
+  const LeafBuffers<std::byte> out(rets.size, rets.types, rets.rets, XLA_FFI_RetType_BUFFER);
+  return out.valid() && succeeds(frame, [&](Slot& slot, const Target& target, Device device) {
+           return slot.get(target.slot, device, target.type, out.span());
+         });
+}
+
+bool set_quickly(const XLA_FFI_CallFrame& frame) noexcept {
+  const XLA_FFI_Args& args = frame.args;
+  const LeafBuffers<const std::byte> in(args.size, args.types, args.args, XLA_FFI_ArgType_BUFFER);
+  return in.valid() && succeeds(frame, [&](Slot& slot, const Target& target, Device device) {
+           return slot.set(target.slot, device, target.type, in.span());
+         });
+}
+
+XLA_FFI_Error* quick_get(XLA_FFI_CallFrame* frame) noexcept {
+  return is_execution(*frame) && get_quickly(*frame) ? nullptr : kTypedGet(frame);
+}
+
+XLA_FFI_Error* quick_set(XLA_FFI_CallFrame* frame) noexcept {
+  return is_execution(*frame) && set_quickly(*frame) ? nullptr : kTypedSet(frame);
+}
 
 }  // namespace
 
@@ -232,8 +269,9 @@ std::int64_t process_nonce() noexcept {
 }
 
 const CpuHandlers& cpu_handlers() noexcept {
-  static const CpuHandlers handlers{kInstantiate, kGet,          kSet,     kSetMasked, kGetRow,
-                                    kSetRow,      kSetRowMasked, kNothing, &Share::id, &share_info};
+  static const CpuHandlers handlers{kInstantiate, quick_get,  quick_set,     kSetMasked,
+                                    kGetRow,      kSetRow,    kSetRowMasked, kNothing,
+                                    &Share::id,   &share_info};
   return handlers;
 }
 

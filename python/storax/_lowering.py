@@ -46,6 +46,8 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     _refuse(ctx, slot, op)
     _store.register_handlers()
     held = slot.type
+    if mesh:
+        _store.mesh_slots.add(slot_id)
     if mesh and held and not type_parts(held).mesh:
         # The type that a state set before will have from its first set on a device on.
         parts = type_parts(held)

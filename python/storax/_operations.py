@@ -1,6 +1,5 @@
 """get_state and set_state."""
 
-import os
 from typing import Any, TypeVar
 
 import jax
@@ -23,20 +22,8 @@ _TRACED_INDEX = (
 )
 
 
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-# Asking for the process id in every operation would cost more than the check is worth.
-os.register_at_fork(after_in_child=_note_fork)
-
-
 def _check_index(index: Any, op: str) -> None:
-    if _forked:
+    if _store.forked:
         _store.check_process()
     if not isinstance(index, StateIndex):
         raise TypeError(

@@ -33,6 +33,16 @@ _TARGETS = {
 }
 
 _pid = os.getpid()
+forked = False
+
+
+def _note_fork() -> None:
+    global forked
+    forked = True
+
+
+# Asking for the process id in every operation would cost more than the check is worth.
+os.register_at_fork(after_in_child=_note_fork)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +68,7 @@ def register_handlers() -> None:
     for target, handler in _TARGETS.items():
         stages = {"instantiate": handlers["instantiate"], "execute": handlers[handler]}
         jax.ffi.register_ffi_target(target, stages, platform="cpu")
+    jax.ffi.register_ffi_target(_jax.FENCE, handlers["fence"], platform="cpu")
     # A failure that JAX itself has raised need not be raised again.
     _jax.on_runtime_error(_told)
     atexit.register(_report_at_exit)
@@ -90,20 +101,45 @@ def raise_failures() -> None:
             )
 
 
-def settle(device: Any) -> None:
-    """Lets this thread's earlier programs finish, if any program has state at all.
+# Slots that programs over a mesh have named.
+mesh_slots: set[int] = set()
 
-    With no device, those on every device, as a state per device asks for.
+
+def settle(slot: Any) -> None:
+    """Lets this thread's earlier programs finish, if they may use this slot.
+
+    A program that runs, or is still to run, keeps its executable alive; with none alive that names the
+    slot, there is nothing to wait for.
     """
-    if os.getpid() != _pid:
+    if forked:
         check_process()
-    if _core.num_programs():
-        if device is None:
-            _wait_for_meshes()
-        else:
-            _jax.wait_for_this_thread(device)
+    if slot.num_programs:
+        _wait_for_programs(slot)
     if _core.pending_failures():
         raise_failures()
+
+
+def is_current(slot: Any, version: int) -> bool:
+    """Whether the state, after this thread's earlier programs, is still of that version."""
+    if not forked and slot.rests_at(version):
+        return True
+    settle(slot)
+    return slot.version == version
+
+
+def _wait_for_programs(slot: Any) -> None:
+    ordinal = slot.device
+    if ordinal >= 0:
+        _jax.wait_for_this_thread(_jax.local_device(ordinal))
+    else:  # on several devices, or to be set first by a program that may be on any
+        _wait_for_devices()
+    if slot.id in mesh_slots:
+        _wait_for_meshes()
+
+
+def _wait_for_devices() -> None:
+    for device in jax.local_devices(backend="cpu"):
+        _jax.wait_for_this_thread(device)
 
 
 def _wait_for_meshes() -> None:
@@ -122,8 +158,7 @@ def barrier() -> None:
     """
     check_process()
     if register_handlers.cache_info().currsize:
-        for device in jax.local_devices(backend="cpu"):
-            _jax.wait_for_this_thread(device)
+        _wait_for_devices()
         _wait_for_meshes()
     raise_failures()
 
@@ -179,6 +214,8 @@ class Plan:
 
 
 def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]) -> Plan:
+    if slot.device < 0:
+        settle(slot)  # a program may be about to set it
     ordinal = max(slot.device, 0)
     device = _jax.local_device(ordinal)
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -191,7 +228,7 @@ def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]
 
 def run_get(slot: Any, plan: Plan) -> list[Any]:
     """The state as fresh arrays, as the store keeps them."""
-    settle(plan.device if slot.device >= 0 else None)
+    settle(slot)
     return [
         _jax.array_from_host(
             np.ndarray(shape, dtype, buffer), aval, sharding, plan.device, plan.committed
@@ -216,7 +253,7 @@ mesh_orders: dict[int, tuple[int, ...]] = {}
 
 def get_mapped(slot: Any, parts: Any) -> list[np.ndarray]:
     """A state per device as one array per leaf, with the mapped mesh axes in front."""
-    settle(None)
+    settle(slot)
     sizes = tuple(size for _, size in parts.mesh)
     order = mesh_orders.get(slot.id, range(int(np.prod(sizes))))
     rows = [slot.get(slot.type, ordinal) for ordinal in order]
@@ -266,7 +303,7 @@ def set(
         with _jax.eval_now():
             state = [x if isinstance(x, _jax.Array) else jnp.asarray(np.asarray(x)) for x in state]
     device = _device_of(state, "set_state", slot)
-    settle(device)
+    settle(slot)
     type_id = structure.type_id(tuple(x.shape for x in state), levels, mesh)
     ordinal = _jax.device_ordinal(device)
     addresses = [_address(x) for x in state]

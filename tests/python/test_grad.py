@@ -131,6 +131,21 @@ def test_stop_gradient_is_the_way_out():
     assert storax.get_state(index, jnp.float32(0)) == 6
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("x", [2.0, np.float32(2), np.full(3, 2, np.float32)], ids=type)
+@pytest.mark.parametrize("transform", [jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (x,))[1]])
+def test_arguments_that_are_no_jax_arrays(transform, x, jit):
+    """What `stop_gradient` makes of these is no JAX array either, but it came from JAX."""
+    index = storax.StateIndex()
+
+    def f(x):
+        storax.set_state(index, lax.stop_gradient(x))
+        return jnp.sum(x * storax.get_state(index, lax.stop_gradient(x)))
+
+    jit(transform(f))(x)
+    assert jnp.all(storax.get_state(index, jnp.asarray(x)) == 2)
+
+
 def test_state_in_both_rules_of_custom_vjp():
     forward, backward = _counter(), _counter()
 

@@ -90,6 +90,14 @@ def strong(aval: Any) -> Any:
     return aval.update(weak_type=False) if getattr(aval, "weak_type", False) else aval
 
 
+def is_literal(x: Any) -> bool:
+    """Whether JAX made this of a Python scalar or a NumPy array that was passed to `grad` and the like.
+
+    `stop_gradient` of such an argument returns one, which is no `jax.Array`.
+    """
+    return type(x).__module__ == "jax._src.literals"
+
+
 def shaped(shape: Sequence[int], dtype: Any) -> Any:
     return _core.ShapedArray(tuple(shape), np.dtype(dtype))
 

@@ -54,6 +54,8 @@ _batching = _private("interpreters.batching")  # fancy_primitive_batchers, AxisD
 _mlir = _private("interpreters.mlir")  # tokens
 _pe = _private("interpreters.partial_eval")
 _pxla = _private("interpreters.pxla")  # what the dispatcher thinks of effects
+_lax = _private("lax.lax")  # the functions of reductions
+_control_flow = _private("lax.control_flow")  # while_loop's other name
 _loops = _private("lax.control_flow.loops")  # _scan_known_hoisting
 _lib = _private("lib")  # xla_client.batched_device_put
 
@@ -78,6 +80,11 @@ def no_trace() -> bool:
 
 def is_differentiation(trace: Any) -> bool:
     return type(trace).__name__ in ("JVPTrace", "LinearizeTrace", "JaxprTrace")
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether Python can look at the value."""
+    return _core.is_concrete(x)
 
 
 # Runs operations at once even while something is being traced. Like the public
@@ -337,6 +344,11 @@ def module_devices(ctx: Any) -> tuple[int | None, tuple[str, ...]]:
     return None, ()
 
 
+def is_export(ctx: Any) -> bool:
+    """Whether a module under construction is to be run by another process."""
+    return ctx.module_context.lowering_parameters.for_export
+
+
 def mesh_ordinals(ctx: Any) -> tuple[int, ...]:
     """The devices' ordinals, in the order of the mesh that a module is mapped over; else nothing."""
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
@@ -394,6 +406,19 @@ def wrap_batching(primitive: Any, make: Callable[[Callable[..., Any]], Callable[
     """Replaces a JAX primitive's batching rule by `make(rule)`."""
     original = _batching.fancy_primitive_batchers[primitive]
     _batching.fancy_primitive_batchers[primitive] = functools.wraps(original)(make(original))
+
+
+def wrap_reductions(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces what traces the functions of reductions, `trace(...) -> (jaxpr, _)`, by `make(trace)`."""
+    for name in ("_reduction_jaxpr", "_variadic_reduction_jaxpr"):
+        setattr(_lax, name, make(getattr(_lax, name)))
+
+
+def wrap_while_loop(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces `jax.lax.while_loop`, and the names that JAX calls it by, by `make(while_loop)`."""
+    made = make(_loops.while_loop)
+    for module in (_loops, _control_flow, lax):
+        module.while_loop = made
 
 
 # --- Patches, installed with the first index ------------------------------------------------------

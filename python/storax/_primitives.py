@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _core, _jax, _store, _unknown_jax
+from . import _core, _jax, _refused, _store, _unknown_jax
 from ._slot import structure_at
 
 __all__ = ["frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
@@ -169,6 +169,7 @@ def _(*args, slot, structure, levels, mesh, rows):
 
 
 def _set_now(args, masks, *, slot, structure, levels, mesh, rows):
+    _refused.note_set()
     core, made = _core.share_slot(slot), structure_at(structure)
     row, state = split_row(arrays(args), rows)
     if row:

@@ -8,37 +8,6 @@ import pytest
 from jax import lax
 
 import storax
-from nesting import BASES, WRAPPERS, build, expected, nestings, runs
-
-START, X = 2.0, 0.7
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("names", nestings(1, {"vmap"}) + nestings(2, {"vmap"}), ids="-".join)
-def test_nesting(names, base):
-    index = storax.StateIndex()
-    f = build(names, BASES[base], index)
-    n = runs(names)
-    value, grad = expected(n, START, X)
-    differentiable = all(WRAPPERS[name][2] for name in names)
-    core = index._slot.core
-
-    def run(g):
-        storax.set_state(index, jnp.float32(START))
-        before = core.num_gets, core.num_sets
-        out = jax.block_until_ready(g(jnp.float32(X)))
-        ran = core.num_gets - before[0], core.num_sets - before[1]
-        assert ran == (n, n)
-        assert storax.get_state(index, jnp.float32(0)) == START + n
-        return out
-
-    np.testing.assert_allclose(run(jax.jit(f)), value, rtol=1e-4)
-    if differentiable:
-        got = run(jax.jit(jax.value_and_grad(f)))
-        np.testing.assert_allclose(got, (value, grad), rtol=1e-4, atol=1e-6)
-    elif "custom_vjp" not in names:
-        got = run(jax.jit(lambda x: jax.jvp(f, (x,), (1.0,))))
-        np.testing.assert_allclose(got, (value, grad), rtol=1e-4, atol=1e-6)
 
 
 def _counter(value=0.0):

@@ -271,7 +271,8 @@ def zero_tangent(x: Any) -> Any:
 
 
 def define_lowering(primitive: Any, rule: Callable[..., Any], platform: str | None = None) -> None:
-    _mlir.register_lowering(primitive, rule, platform=platform)
+    # Hardly any two operations of a program are alike, and to cache a lowering costs as much again.
+    _mlir.register_lowering(primitive, rule, platform=platform, cacheable=False)
 
 
 def lower_inline(

@@ -84,10 +84,11 @@ def get_state(index: StateIndex, like: T) -> T:
     - `RuntimeError`, when the operation runs, if `like` differs from the state in structure, shape,
       dtype or batch axes, or if nothing has been saved yet.
     """
-    if type(like) is _jax.Array and type(index) is StateIndex and index.inference is False:
+    x: Any = like
+    if type(x) is _jax.Array and type(index) is StateIndex and index.inference is False:
         # The same eager get of one array as last time.
         quick = index._slot.quick_get
-        if quick is not None and like.aval == quick[0] and _jax.no_trace():
+        if quick is not None and x.aval == quick[0] and _jax.no_trace():
             return _store.run_get(index._slot.core, quick[1])[0]
     _check_index(index, "get_state")
     slot = index._slot
@@ -105,8 +106,8 @@ def get_state(index: StateIndex, like: T) -> T:
         out = _get_frozen(index, leaves, structure)
     elif _jax.no_trace() and index._rows is None:
         out = _get_now(slot, leaves, structure)
-        if leaves and like is leaves[0] and type(like) is _jax.Array and slot.plan is not None:
-            slot.quick_get = (like.aval, slot.plan[1])
+        if leaves and x is leaves[0] and type(x) is _jax.Array and slot.plan is not None:
+            slot.quick_get = x.aval, slot.plan[1]
     else:
         row, params = _parameters(index, structure, "get_state")
         out = get_p.bind(*row, *leaves, **params)

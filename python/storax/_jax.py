@@ -286,7 +286,8 @@ def zero_tangent(x: Any) -> Any:
 
 
 def define_lowering(primitive: Any, rule: Callable[..., Any], platform: str | None = None) -> None:
-    _mlir.register_lowering(primitive, rule, platform=platform)
+    # Hardly any two operations of a program are alike, and to cache a lowering costs as much again.
+    _mlir.register_lowering(primitive, rule, platform=platform, cacheable=False)
 
 
 def lower_inline(
@@ -645,26 +646,17 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
 # --- Running things now ---------------------------------------------------------------------------
 
 
-@functools.cache
-def _noop(device: Any) -> Callable[[], None]:
-    with eval_now():
-        x = jax.device_put(jnp.zeros(()), device)
-        run = jax.jit(lambda x: x + 1)
-        run(x).block_until_ready()
-    return lambda: run(x).block_until_ready()
-
-
 FENCE = "storax.fence"
 
 
 @functools.cache
-def _fence(device: Any) -> Callable[[], Any]:
+def _fence(ordinal: int) -> Callable[[], Any]:
     """Dispatches a program that does nothing but to note that it runs."""
 
     def fence():
         jax.ffi.ffi_call(FENCE, (), has_side_effect=True)()
 
-    with eval_now(), jax.default_device(device):
+    with eval_now(), jax.default_device(local_device(ordinal)):
         compiled = jax.jit(fence).lower().compile()
     try:
         # What is behind a compiled function: no Python, and no matter what is being traced.
@@ -673,17 +665,26 @@ def _fence(device: Any) -> Callable[[], Any]:
         return lambda: None  # a JAX that has moved it: no fence is ever passed
 
 
-def wait_for_this_thread(device: Any) -> None:
-    """Waits for the programs that this thread has dispatched to the device.
+@functools.cache
+def _noop(ordinal: int) -> Callable[[], None]:
+    with eval_now():
+        x = jax.device_put(jnp.zeros(()), local_device(ordinal))
+        run = jax.jit(lambda x: x + 1)
+        run(x).block_until_ready()
+    return lambda: run(x).block_until_ready()
+
+
+def wait_for_this_thread(ordinal: int) -> None:
+    """Waits for the programs that this thread has dispatched to the device of that ordinal.
 
     A thread's programs on a device run in order, so a program that does nothing ends after them.
     XLA runs a small one at once, within its dispatch, unless there is something to wait for: if the
     fence has run on this very thread, nothing is left that was dispatched before it.
     """
-    if passes_fence(_fence(device)):
+    if passes_fence(_fence(ordinal)):
         return
     with eval_now():
-        _noop(device)()
+        _noop(ordinal)()
 
 
 def local_device(ordinal: int, platform: str = "cpu") -> Any:

@@ -130,16 +130,16 @@ def is_current(slot: Any, version: int) -> bool:
 def _wait_for_programs(slot: Any) -> None:
     ordinal = slot.device
     if ordinal >= 0:
-        _jax.wait_for_this_thread(_jax.local_device(ordinal))
+        _jax.wait_for_this_thread(ordinal)
     else:  # on several devices, or to be set first by a program that may be on any
         _wait_for_devices()
-    if slot.id in mesh_slots:
+    if mesh_slots and slot.id in mesh_slots:
         _wait_for_meshes()
 
 
 def _wait_for_devices() -> None:
     for device in jax.local_devices(backend="cpu"):
-        _jax.wait_for_this_thread(device)
+        _jax.wait_for_this_thread(_jax.device_ordinal(device))
 
 
 def _wait_for_meshes() -> None:
@@ -229,14 +229,14 @@ def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]
 def run_get(slot: Any, plan: Plan) -> list[Any]:
     """The state as fresh arrays, as the store keeps them."""
     settle(slot)
-    return [
-        _jax.array_from_host(
-            np.ndarray(shape, dtype, buffer), aval, sharding, plan.device, plan.committed
-        )
-        for buffer, (dtype, shape, aval, sharding) in zip(
-            slot.get(plan.type_id, plan.ordinal), plan.leaves, strict=True
-        )
-    ]
+    device, committed = plan.device, plan.committed
+    leaves = []
+    for buffer, (dtype, shape, aval, sharding) in zip(
+        slot.get(plan.type_id, plan.ordinal), plan.leaves, strict=True
+    ):
+        x = np.ndarray(shape, dtype, buffer)
+        leaves.append(_jax.array_from_host(x, aval, sharding, device, committed))
+    return leaves
 
 
 def get(slot: Any, structure: Any, like: Sequence[Any], levels: tuple, mesh: tuple) -> list[Any]:
@@ -296,16 +296,27 @@ def set(
     levels: tuple,
     mesh: tuple,
     masks: Sequence[Any] | None = None,
-) -> None:
-    """Copies arrays into the store, those elements where the masks, if given, are true."""
+) -> tuple[int, int]:
+    """Copies arrays into the store, those elements where the masks, if given, are true.
+
+    Returns the type's number, and the device's ordinal.
+    """
     if not all(isinstance(x, _jax.Array) for x in state):
         # Under an eager vmap a NumPy argument gets here as it is.
         with _jax.eval_now():
             state = [x if isinstance(x, _jax.Array) else jnp.asarray(np.asarray(x)) for x in state]
     device = _device_of(state, "set_state", slot)
-    settle(slot)
     type_id = structure.type_id(tuple(x.shape for x in state), levels, mesh)
     ordinal = _jax.device_ordinal(device)
+    run_set(slot, type_id, ordinal, state, masks)
+    return type_id, ordinal
+
+
+def run_set(
+    slot: Any, type_id: int, ordinal: int, state: Sequence[Any], masks: Sequence[Any] | None = None
+) -> None:
+    """The same, of arrays as the store keeps them."""
+    settle(slot)
     addresses = [_address(x) for x in state]
     if masks is None:
         slot.set(type_id, ordinal, addresses)

@@ -3,10 +3,12 @@
 # The interpreter that a new virtual environment is made with, and where that environment is.
 PYTHON ?= python3
 VENV ?= .venv
-# How many tests run at a time; more arguments for pytest, and for benchmarks/run.py.
+# How many tests run at a time; more arguments for pytest, benchmarks/run.py and what is in tools/.
 WORKERS ?= auto
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
+MUTANTS_ARGS ?=
 
 BIN := $(VENV)/bin
 BUILD := build/$(patsubst .%,%,$(notdir $(VENV)))
@@ -42,8 +44,16 @@ test-cpp: ctest-plain ## Run the tests in C++
 test-sanitized: ctest-address ctest-thread pytest-address pytest-thread ## Run tests under ASan and UBSan, then under TSan
 
 .PHONY: test-all
-test-all: ## Run the tests in Python on every JAX that storax supports
-	@MAKE='$(MAKE)' sh tools/test_all.sh
+test-all: ## Run the tests in Python, the long ones too, on every JAX that storax supports
+	@STORAX_ALL=1 MAKE='$(MAKE)' sh tools/test_all.sh
+
+.PHONY: soak
+soak: $(VENV)/.extension $(VENV)/.test ## Run 100,000 random programs: hours; run it again to go on
+	nice -n 19 $(BIN)/python tools/soak.py $(SOAK_ARGS)
+
+.PHONY: mutants
+mutants: $(VENV)/.extension $(VENV)/.test $(VENV)/.demo ## Take out each rule and check in turn: does a test notice?
+	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.extension $(VENV)/.bench ## Run the benchmarks

@@ -254,7 +254,6 @@ MUTANTS = [
             "set_state_masked": "masked",
             "scan": "masked",
             "jit": "masked",
-            "checkpoint": "masked",
             "remat2": "masked",
             "custom_jvp_call": "masked",
             "custom_vjp_call": "masked",

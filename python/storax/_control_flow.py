@@ -136,13 +136,10 @@ _masked_rules: dict[str, Callable[..., Any]] = {
     "set_state_masked": _mask_set_masked,
     "scan": _mask_scan,
     "jit": _mask_jit,
-    "pjit": _mask_jit,
-    "checkpoint": _mask_checkpoint,
     "remat2": _mask_checkpoint,
     "custom_jvp_call": lambda *args: mask_custom_jvp(masked, *args),
     "custom_vjp_call": lambda *args: mask_custom_vjp(masked, *args),
     "closed_call": _mask_inline("call_jaxpr"),
-    "core_call": _mask_inline("call_jaxpr"),
     "eval_jaxpr": lambda params, ins, mask: masked(
         params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"], mask, ins
     ),

@@ -124,8 +124,8 @@ MUTANTS = [
     *[
         _without(f"derivative of {p}", "_primitives.py", f"    _jax.define_jvp({line}\n", tests)
         for p, line, tests in [
-            ("get", "get_p, _jvp_of_get(get_p))", "grad"),
-            ("frozen get", "frozen_p, _jvp_of_get(frozen_p))", "index"),
+            ("get", "get_p, _jvp_of_get(get_p))", "nesting"),
+            ("frozen get", "frozen_p, _jvp_of_get(frozen_p))", "index nesting"),
             ("set", "set_p, _jvp_of_set(set_p))", "grad"),
             ("masked set", "set_masked_p, _jvp_of_set(set_masked_p))", "masked nesting"),
         ]

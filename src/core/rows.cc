@@ -55,8 +55,7 @@ Status Slot::get_row(SlotId id, Device device, TypeId want, std::int64_t row, Le
     const std::byte* from = cell.data + type_->leaf_offset(k);
     std::memcpy(out[k], from + static_cast<std::size_t>(row) * bytes, bytes);
   }
-  ++gets_;
-  if (watch_capacity_ > 0) note(Event::Kind::kGet, cell);
+  count_get(cell);
   return Status::kOk;
 }
 
@@ -82,9 +81,7 @@ Status Slot::set_row(SlotId id, Device device, TypeId type, std::int64_t row,
       }
     }
   }
-  ++sets_;
-  version_.fetch_add(1, std::memory_order_acq_rel);
-  if (watch_capacity_ > 0) note(Event::Kind::kSet, cell);
+  count_set(cell);
   return Status::kOk;
 }
 

@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "call_frame.h"
+#include "errors.h"
 #include "handlers.h"
 #include "storax/storax.h"
 #include "xla/ffi/api/ffi.h"
@@ -43,31 +45,6 @@ class Pointers {
   std::vector<T> many_;
 };
 
-xf::ErrorCode code_of(Status status) {
-  switch (status) {
-    case Status::kTypeMismatch:
-      return xf::ErrorCode::kInvalidArgument;
-    case Status::kOutOfMemory:
-      return xf::ErrorCode::kResourceExhausted;
-    default:
-      return xf::ErrorCode::kFailedPrecondition;
-  }
-}
-
-// The slow path: says what went wrong, and remembers it in case nobody blocks on the program.
-xf::Error fail(const Target& target, Status status, std::string_view op, Device device) noexcept {
-  try {
-    Slot* slot = find_slot(target.slot);
-    std::string message = slot == nullptr
-                              ? "storax." + std::string(op) + ": no such StateIndex."
-                              : slot->explain(target.slot, status, op, device, target.type);
-    failures::record(device, message);
-    return xf::Error(code_of(status), std::move(message));
-  } catch (...) {
-    return xf::Error(xf::ErrorCode::kResourceExhausted, "storax: out of memory");
-  }
-}
-
 template <class Body>
 xf::Error guarded(const Target& target, std::string_view op, Device device, Body&& body) noexcept {
   Status status = Status::kDropped;
@@ -78,7 +55,7 @@ xf::Error guarded(const Target& target, std::string_view op, Device device, Body
   }
   if (status == Status::kOk) [[likely]]
     return xf::Error::Success();
-  return fail(target, status, op, device);
+  return failure(target.slot, target.type, status, op, device);
 }
 
 xf::Error get(std::int32_t device, xf::Span<const std::int64_t> state, xf::RemainingArgs,
@@ -186,16 +163,11 @@ xf::TypeInfo share_info = xf::MakeTypeInfo<Share>();
 xf::ErrorOr<std::unique_ptr<Share>> instantiate(xf::Span<const std::int64_t> state) {
   const Target target(state);
   if (target.nonce != process_nonce()) {
-    return xf::Unexpected(xf::Error(
-        xf::ErrorCode::kFailedPrecondition,
-        "storax: this program was compiled in another process, whose state does not exist here. "
-        "Compile it again in this process."));
+    return xf::Unexpected(made_in_another_process());
   }
   SlotRef ref = SlotRef::share(target.slot);
   if (!ref) {
-    return xf::Unexpected(
-        xf::Error(xf::ErrorCode::kFailedPrecondition,
-                  "storax: a StateIndex that this program uses no longer exists."));
+    return xf::Unexpected(slot_is_gone());
   }
   return std::make_unique<Share>(std::move(ref));
 }
@@ -212,13 +184,49 @@ auto bind_state() {
       .RemainingArgs()
       .RemainingRets();
 }
-XLA_FFI_DEFINE_HANDLER(kGet, get, bind_state());
-XLA_FFI_DEFINE_HANDLER(kSet, set, bind_state());
+XLA_FFI_DEFINE_HANDLER(kTypedGet, get, bind_state());
+XLA_FFI_DEFINE_HANDLER(kTypedSet, set, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetMasked, set_masked, bind_state());
 XLA_FFI_DEFINE_HANDLER(kGetRow, get_row, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetRow, set_row, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetRowMasked, set_row_masked, bind_state());
 XLA_FFI_DEFINE_HANDLER(kNothing, nothing, xf::Ffi::Bind().RemainingArgs().RemainingRets());
+
+// The short way, for operations that succeed. Whatever else comes is left to the typed handlers: a
+// failed operation has done nothing, so that they can try again, and say why it fails.
+template <class Operation>
+bool succeeds(const XLA_FFI_CallFrame& frame, Operation&& operation) noexcept {
+  const std::int64_t* state = find_state(frame);
+  Device device = kNoDevice;
+  if (state == nullptr || !find_device(frame, &device)) return false;
+  const Target target(xf::Span<const std::int64_t>(state, kStateSize));
+  Slot* slot = find_slot(target.slot);
+  return slot != nullptr && operation(*slot, target, device) == Status::kOk;
+}
+
+bool get_quickly(const XLA_FFI_CallFrame& frame) noexcept {
+  const XLA_FFI_Rets& rets = frame.rets;
+  const LeafBuffers<std::byte> out(rets.size, rets.types, rets.rets, XLA_FFI_RetType_BUFFER);
+  return out.valid() && succeeds(frame, [&](Slot& slot, const Target& target, Device device) {
+           return slot.get(target.slot, device, target.type, out.span());
+         });
+}
+
+bool set_quickly(const XLA_FFI_CallFrame& frame) noexcept {
+  const XLA_FFI_Args& args = frame.args;
+  const LeafBuffers<const std::byte> in(args.size, args.types, args.args, XLA_FFI_ArgType_BUFFER);
+  return in.valid() && succeeds(frame, [&](Slot& slot, const Target& target, Device device) {
+           return slot.set(target.slot, device, target.type, in.span());
+         });
+}
+
+XLA_FFI_Error* quick_get(XLA_FFI_CallFrame* frame) noexcept {
+  return is_execution(*frame) && get_quickly(*frame) ? nullptr : kTypedGet(frame);
+}
+
+XLA_FFI_Error* quick_set(XLA_FFI_CallFrame* frame) noexcept {
+  return is_execution(*frame) && set_quickly(*frame) ? nullptr : kTypedSet(frame);
+}
 
 }  // namespace
 
@@ -232,8 +240,9 @@ std::int64_t process_nonce() noexcept {
 }
 
 const CpuHandlers& cpu_handlers() noexcept {
-  static const CpuHandlers handlers{kInstantiate, kGet,          kSet,     kSetMasked, kGetRow,
-                                    kSetRow,      kSetRowMasked, kNothing, &Share::id, &share_info};
+  static const CpuHandlers handlers{kInstantiate, quick_get,  quick_set,     kSetMasked,
+                                    kGetRow,      kSetRow,    kSetRowMasked, kNothing,
+                                    &Share::id,   &share_info};
   return handlers;
 }
 

@@ -35,4 +35,19 @@ struct CpuHandlers {
 };
 const CpuHandlers& cpu_handlers() noexcept;
 
+// Hoisted programs load the states of many slots by one call, and store them by another. The
+// attribute `states` is an array of i64: process_nonce(), then slot id and type id of each.
+//   load:  ()              -> (s32, leaf...)   leaves in the order of the slots
+//   store: (any..., leaf...) -> (s32)          nothing is stored unless all can be
+// The s32 is 0: it orders a program's store after its load. So do further operands of store, which
+// it does not look at, for what has to be over before it.
+struct PackedHandlers {
+  XLA_FFI_Handler* instantiate;
+  XLA_FFI_Handler* load;
+  XLA_FFI_Handler* store;
+  XLA_FFI_TypeId* shares_type_id;
+  XLA_FFI_TypeInfo* shares_type_info;
+};
+const PackedHandlers& cpu_packed_handlers() noexcept;
+
 }  // namespace storax::ffi

@@ -126,12 +126,17 @@ _HERE = globals()
 def _flattener() -> FrameType | None:
     """Who flattens an index: the caller of a function in jax.tree_util, or of the registry itself."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and (frame.f_globals is _TREE_UTIL or frame.f_globals is _HERE):
+    while frame is not None:
+        where = frame.f_globals
+        if where is not _TREE_UTIL and where is not _HERE:
+            break
         frame = frame.f_back
     return frame
 
 
 def _flag_behind(leaf: Any) -> bool | None:
+    if leaf is True or leaf is False:
+        return None
     if type(leaf).__module__ == eqx.tree_at.__module__:
         value = getattr(leaf, "value", None)
         return value if isinstance(value, bool) else None
@@ -171,7 +176,7 @@ class StateIndex:
         ```
     """
 
-    __slots__ = ("__weakref__", "_held", "_leaves", "_row", "_rows", "_slot", "inference")
+    __slots__ = ("__weakref__", "_flat", "_held", "_leaves", "_row", "_rows", "_slot", "inference")
 
     inference: bool
     _slot: Slot
@@ -180,6 +185,8 @@ class StateIndex:
     # Of stacked layers: how many there are, and which this one is, or all of them.
     _rows: int | None
     _row: Any
+    # What flattening it gave the last time, with what that was made of.
+    _flat: tuple[Any, ...] | None
 
     def __init__(self, inference: bool = False, *, name: str | None = None):
         _store.check_process()
@@ -188,20 +195,36 @@ class StateIndex:
         self._held = NOTHING_HELD if inference else None
         self._slot = Slot(_creation_site() if name is None else f"StateIndex {name!r}")
         self._leaves = ()
-        self._rows = self._row = None
+        self._rows = self._row = self._flat = None
 
     # --- PyTree ---
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         caller = _flattener()
-        if caller is not None and caller.f_globals is _serialise.EQUINOX:
-            return _serialise.flatten(self, caller)
+        weak = False
+        if caller is not None:
+            if caller.f_globals is _serialise.EQUINOX:
+                return _serialise.flatten(self, caller)
+            weak = caller.f_code is _FLATTEN_FOR_JIT
+        if self._flat is not None:
+            inference, held, leaves, slot, was_weak, flat = self._flat
+            if (
+                self.inference is inference
+                and self._held is held
+                and self._leaves is leaves
+                and self._slot is slot
+                and weak is was_weak
+                and (held is None or _store.is_current(slot.core, held.version))
+            ):
+                return flat
         self._look_up()
         was = _flag_behind(self.inference)
-        weak = caller is not None and caller.f_code is _FLATTEN_FOR_JIT
         row = () if self._rows is None else (self._row,)
         aux = _Aux(self._slot, self._held, self._rows, was, weak)
-        return (self.inference, *row, *self._leaves), aux
+        flat = (self.inference, *row, *self._leaves), aux
+        if self._rows is None and (self._held is None or self._is_looked_up()):
+            self._flat = self.inference, self._held, self._leaves, self._slot, weak, flat
+        return flat
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Any]:
         children, aux = self.tree_flatten()
@@ -217,6 +240,7 @@ class StateIndex:
         copy.inference, copy._slot, copy._leaves = self.inference, slot, ()
         copy._held = NOTHING_HELD if self.inference is True else None
         copy._rows, copy._row = rows, jnp.arange(rows, dtype=jnp.int32)
+        copy._flat = None
         return copy
 
     @classmethod
@@ -224,7 +248,7 @@ class StateIndex:
         if not isinstance(aux, _Aux):
             return aux.unflatten(children)  # Equinox is saving or loading it
         self = object.__new__(cls)
-        self._slot, self._held, self._rows = aux.slot, aux.held, aux.rows
+        self._slot, self._held, self._rows, self._flat = aux.slot, aux.held, aux.rows, None
         self.inference, *leaves = children
         self._row = None if aux.rows is None else leaves.pop(0)
         self._leaves = tuple(leaves)
@@ -239,16 +263,26 @@ class StateIndex:
             self._held = NOTHING_HELD
             self._look_up()
 
+    def _is_looked_up(self) -> bool:
+        """Whether this carries arrays of its slot, and not whatever has taken their place.
+
+        That is the inputs of a program, or what a PyTree operation has put there.
+        """
+        if self._held is None or self.inference is not True:
+            return False
+        leaves = self._leaves if self._rows is None else (self._row, *self._leaves)
+        for x in leaves:
+            if isinstance(x, _jax.Tracer) or not isinstance(x, jax.Array):
+                return False
+        return True
+
     def _look_up(self) -> None:
         """Brings the arrays that a frozen index carries up to date."""
-        if self._held is None or self.inference is not True:
+        if not self._is_looked_up():
             return
-        leaves = self._leaves if self._rows is None else (self._row, *self._leaves)
-        if any(isinstance(x, _jax.Tracer) or not isinstance(x, jax.Array) for x in leaves):
-            return  # inputs of a program, or whatever a PyTree operation has put there
         core = self._slot.core
-        if not core.type and core.num_programs:
-            _store.barrier()  # a program may be about to set it
+        if not core.type:
+            _store.settle(core)  # a program may be about to set it
         if not core.type:
             return
         published = _published(self._slot)
@@ -323,13 +357,14 @@ def _restored(
     install()
     self = object.__new__(StateIndex)
     self._slot, self.inference, self._rows, self._row = slot, inference, rows, row
+    self._flat = None
     self._freeze(frozen, carried)
     return self
 
 
 def _published(slot: Slot) -> Published:
     core = slot.core
-    _store.settle(_jax.local_device(core.device) if core.device >= 0 else None)
+    _store.settle(core)
     version = core.version
     published = slot.published
     if published is None or published.version != version:

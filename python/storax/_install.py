@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from . import _control_flow, _jax, _lowering, _primitives, _unknown_jax
+from . import _control_flow, _jax, _lowering, _primitives, _refused, _unknown_jax
 
 __all__ = ["install"]
 
@@ -25,6 +25,7 @@ def install() -> None:
         ("grad", _primitives.install_differentiation),
         ("jit", _lowering.install),
         ("vmap", _control_flow.install),
+        ("jit", _refused.install),
     )
     failed = {}
     for feature, step in steps:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ._core import passes_fence
+
 
 class _Missing:
     """Stands for a module that this JAX does not have; using it says so."""
@@ -54,6 +56,8 @@ _batching = _private("interpreters.batching")  # fancy_primitive_batchers, AxisD
 _mlir = _private("interpreters.mlir")  # tokens
 _pe = _private("interpreters.partial_eval")
 _pxla = _private("interpreters.pxla")  # what the dispatcher thinks of effects
+_lax = _private("lax.lax")  # the functions of reductions
+_control_flow = _private("lax.control_flow")  # while_loop's other name
 _loops = _private("lax.control_flow.loops")  # _scan_known_hoisting
 _lib = _private("lib")  # xla_client.batched_device_put
 
@@ -81,6 +85,11 @@ def is_differentiation(trace: Any) -> bool:
     return type(trace).__name__ in ("JVPTrace", "LinearizeTrace", "JaxprTrace")
 
 
+def is_concrete(x: Any) -> bool:
+    """Whether Python can look at the value."""
+    return _core.is_concrete(x)
+
+
 # Runs operations at once even while something is being traced. Like the public
 # `jax.ensure_compile_time_eval`, but keeps no state of its own between uses.
 eval_now = _core.eval_context
@@ -89,6 +98,14 @@ eval_now = _core.eval_context
 def strong(aval: Any) -> Any:
     """The same abstract value, not weakly typed."""
     return aval.update(weak_type=False) if getattr(aval, "weak_type", False) else aval
+
+
+def is_literal(x: Any) -> bool:
+    """Whether JAX made this of a Python scalar or a NumPy array that was passed to `grad` and the like.
+
+    `stop_gradient` of such an argument returns one, which is no `jax.Array`.
+    """
+    return type(x).__module__ == "jax._src.literals"
 
 
 def shaped(shape: Sequence[int], dtype: Any) -> Any:
@@ -404,6 +421,11 @@ def module_devices(ctx: Any) -> tuple[int | None, tuple[str, ...]]:
     return None, ()
 
 
+def is_export(ctx: Any) -> bool:
+    """Whether a module under construction is to be run by another process."""
+    return ctx.module_context.lowering_parameters.for_export
+
+
 def mesh_ordinals(ctx: Any) -> tuple[int, ...]:
     """The devices' ordinals, in the order of the mesh that a module is mapped over; else nothing."""
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
@@ -461,6 +483,19 @@ def wrap_batching(primitive: Any, make: Callable[[Callable[..., Any]], Callable[
     """Replaces a JAX primitive's batching rule by `make(rule)`."""
     original = _batching.fancy_primitive_batchers[primitive]
     _batching.fancy_primitive_batchers[primitive] = functools.wraps(original)(make(original))
+
+
+def wrap_reductions(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces what traces the functions of reductions, `trace(...) -> (jaxpr, _)`, by `make(trace)`."""
+    for name in ("_reduction_jaxpr", "_variadic_reduction_jaxpr"):
+        setattr(_lax, name, make(getattr(_lax, name)))
+
+
+def wrap_while_loop(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces `jax.lax.while_loop`, and the names that JAX calls it by, by `make(while_loop)`."""
+    made = make(_loops.while_loop)
+    for module in (_loops, _control_flow, lax):
+        module.while_loop = made
 
 
 # --- Patches, installed with the first index ------------------------------------------------------
@@ -732,17 +767,36 @@ def _noop(device: Any) -> Callable[[], None]:
     return lambda: run(x).block_until_ready()
 
 
+FENCE = "storax.fence"
+
+
+@functools.cache
+def _fence(device: Any) -> Callable[[], Any]:
+    """Dispatches a program that does nothing but to note that it runs."""
+
+    def fence():
+        jax.ffi.ffi_call(FENCE, (), has_side_effect=True)()
+
+    with eval_now(), jax.default_device(device):
+        compiled = jax.jit(fence).lower().compile()
+    try:
+        # What is behind a compiled function: no Python, and no matter what is being traced.
+        return functools.partial(compiled._executable.xla_executable.execute_sharded, [])
+    except AttributeError:
+        return lambda: None  # a JAX that has moved it: no fence is ever passed
+
+
 def wait_for_this_thread(device: Any) -> None:
     """Waits for the programs that this thread has dispatched to the device.
 
     A thread's programs on a device run in order, so a program that does nothing ends after them.
+    XLA runs a small one at once, within its dispatch, unless there is something to wait for: if the
+    fence has run on this very thread, nothing is left that was dispatched before it.
     """
-    noop = _noop(device)
-    if _core.trace_ctx.is_top_level():
-        noop()
-    else:
-        with eval_now():
-            noop()
+    if passes_fence(_fence(device)):
+        return
+    with eval_now():
+        _noop(device)()
 
 
 def local_device(ordinal: int, platform: str = "cpu") -> Any:

@@ -22,6 +22,12 @@ def _refuse(ctx, slot, op):
     """Where an FFI call could not keep its promise, XLA would abort, or be silently wrong."""
     devices, auto_axes = _jax.module_devices(ctx)
     name = slot.name
+    if _jax.is_export(ctx):
+        raise NotImplementedError(
+            f"storax.{op} of {name} in a program for `jax.export`: the process that runs it has no "
+            "such state. Freeze the model with `equinox.nn.inference_mode`, so that its state is "
+            "exported as a constant or an argument, or pass the state in and out yourself."
+        )
     if devices not in (None, 1):
         raise NotImplementedError(
             f"storax.{op} of {name} in a program that JAX spreads over {devices} devices: under "
@@ -46,6 +52,8 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     _refuse(ctx, slot, op)
     _store.register_handlers()
     held = slot.type
+    if mesh:
+        _store.mesh_slots.add(slot_id)
     if mesh and held and not type_parts(held).mesh:
         # The type that a state set before will have from its first set on a device on.
         parts = type_parts(held)

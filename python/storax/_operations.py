@@ -1,6 +1,5 @@
 """get_state and set_state."""
 
-import os
 from typing import Any, TypeVar
 
 import jax
@@ -23,20 +22,8 @@ _TRACED_INDEX = (
 )
 
 
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-# Asking for the process id in every operation would cost more than the check is worth.
-os.register_at_fork(after_in_child=_note_fork)
-
-
 def _check_index(index: Any, op: str) -> None:
-    if _forked:
+    if _store.forked:
         _store.check_process()
     if not isinstance(index, StateIndex):
         raise TypeError(
@@ -56,9 +43,11 @@ def _check_index(index: Any, op: str) -> None:
 def _flatten_arrays(tree: Any, what: str, op: str, slot: Slot) -> tuple[list[Any], Any, Any]:
     """Leaves as the store keeps them, the structure, and the abstract values."""
     leaves, treedef = jtu.tree_flatten(tree)
-    for leaf in leaves:
+    for k, leaf in enumerate(leaves):
         if not isinstance(leaf, jax.Array):
-            _raise_not_array(tree, what, op, slot)
+            if not _jax.is_literal(leaf):
+                _raise_not_array(tree, what, op, slot)
+            leaves[k] = jnp.asarray(leaf)
     if _jax.no_trace():
         _store.check_no_tracers(leaves, op, slot.core)
     structure = structure_of(treedef, leaves)

@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from . import _core, _jax, _store, _unknown_jax
+from . import _core, _jax, _refused, _store, _unknown_jax
 from ._slot import structure_at
 
 __all__ = ["frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
@@ -151,10 +152,15 @@ def shapes_of(leaves: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     return tuple(x.shape for x in leaves)
 
 
+def arrays(args: Sequence[Any]) -> list[Any]:
+    """Literals of a jaxpr that JAX evaluates eagerly, as under `checkpoint`, are Python scalars."""
+    return [x if hasattr(x, "shape") else np.asarray(x, jax.typeof(x).dtype) for x in args]
+
+
 @get_p.def_impl
 def _(*args, slot, structure, levels, mesh, rows):
     core, made = _core.share_slot(slot), structure_at(structure)
-    row, like = split_row(args, rows)
+    row, like = split_row(arrays(args), rows)
     if not row:
         return _store.get(core, made, like, levels, mesh)
     shapes, levels = whole_type(like, levels, rows)
@@ -163,8 +169,9 @@ def _(*args, slot, structure, levels, mesh, rows):
 
 
 def _set_now(args, masks, *, slot, structure, levels, mesh, rows):
+    _refused.note_set()
     core, made = _core.share_slot(slot), structure_at(structure)
-    row, state = split_row(args, rows)
+    row, state = split_row(arrays(args), rows)
     if row:
         shapes, levels = whole_type(state, levels, rows)
         whole = [_jax.shaped(s, x.dtype) for s, x in zip(shapes, state, strict=True)]
@@ -184,6 +191,7 @@ def _(*args, **params):
 
 @set_masked_p.def_impl
 def _(mask, *args, mask_axes, **params):
+    mask, *args = arrays([mask, *args])
     _, state = split_row(args, params["rows"])
     kinds = structure_at(params["structure"]).kinds
     dims = [k.dims(x.shape) for k, x in zip(kinds, state, strict=True)]
@@ -206,9 +214,10 @@ def check_frozen(held, like, structure, levels, held_levels, name):
 
 @frozen_p.def_impl
 def _(*held_and_like, **params):
+    held_and_like = arrays(held_and_like)
     n = len(held_and_like) // 2
     check_frozen(held_and_like[:n], held_and_like[n:], **params)
-    return list(held_and_like[:n])
+    return held_and_like[:n]
 
 
 # --- vmap -----------------------------------------------------------------------------------------

@@ -37,6 +37,16 @@ _TARGETS = {
 }
 
 _pid = os.getpid()
+forked = False
+
+
+def _note_fork() -> None:
+    global forked
+    forked = True
+
+
+# Asking for the process id in every operation would cost more than the check is worth.
+os.register_at_fork(after_in_child=_note_fork)
 
 
 class Operation:
@@ -65,6 +75,7 @@ def register_handlers() -> None:
         made = "instantiate_packed" if target in (LOAD, STORE) else "instantiate"
         stages = {"instantiate": handlers[made], "execute": handlers[handler]}
         jax.ffi.register_ffi_target(target, stages, platform="cpu")
+    jax.ffi.register_ffi_target(_jax.FENCE, handlers["fence"], platform="cpu")
     # A failure that JAX itself has raised need not be raised again.
     _jax.on_runtime_error(_told)
     atexit.register(_report_at_exit)
@@ -97,20 +108,45 @@ def raise_failures() -> None:
             )
 
 
-def settle(device: Any) -> None:
-    """Lets this thread's earlier programs finish, if any program has state at all.
+# Slots that programs over a mesh have named.
+mesh_slots: set[int] = set()
 
-    With no device, those on every device, as a state per device asks for.
+
+def settle(slot: Any) -> None:
+    """Lets this thread's earlier programs finish, if they may use this slot.
+
+    A program that runs, or is still to run, keeps its executable alive; with none alive that names the
+    slot, there is nothing to wait for.
     """
-    if os.getpid() != _pid:
+    if forked:
         check_process()
-    if _core.num_programs():
-        if device is None:
-            _wait_for_meshes()
-        else:
-            _jax.wait_for_this_thread(device)
+    if slot.num_programs:
+        _wait_for_programs(slot)
     if _core.pending_failures():
         raise_failures()
+
+
+def is_current(slot: Any, version: int) -> bool:
+    """Whether the state, after this thread's earlier programs, is still of that version."""
+    if not forked and slot.rests_at(version):
+        return True
+    settle(slot)
+    return slot.version == version
+
+
+def _wait_for_programs(slot: Any) -> None:
+    ordinal = slot.device
+    if ordinal >= 0:
+        _jax.wait_for_this_thread(_jax.local_device(ordinal))
+    else:  # on several devices, or to be set first by a program that may be on any
+        _wait_for_devices()
+    if slot.id in mesh_slots:
+        _wait_for_meshes()
+
+
+def _wait_for_devices() -> None:
+    for device in jax.local_devices(backend="cpu"):
+        _jax.wait_for_this_thread(device)
 
 
 def _wait_for_meshes() -> None:
@@ -129,8 +165,7 @@ def barrier() -> None:
     """
     check_process()
     if register_handlers.cache_info().currsize:
-        for device in jax.local_devices(backend="cpu"):
-            _jax.wait_for_this_thread(device)
+        _wait_for_devices()
         _wait_for_meshes()
     raise_failures()
 
@@ -184,6 +219,8 @@ class Plan:
 
 
 def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]) -> Plan:
+    if slot.device < 0:
+        settle(slot)  # a program may be about to set it
     ordinal = max(slot.device, 0)
     device = _jax.local_device(ordinal)
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -196,7 +233,7 @@ def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]
 
 def run_get(slot: Any, plan: Plan) -> list[Any]:
     """The state as fresh arrays, as the store keeps them."""
-    settle(plan.device if slot.device >= 0 else None)
+    settle(slot)
     buffers = slot.get(plan.type_id, plan.ordinal)
     if buffers is None:
         lent = _loans.read(slot, plan.type_id)
@@ -223,7 +260,7 @@ mesh_orders: dict[int, tuple[int, ...]] = {}
 
 def get_mapped(slot: Any, parts: Any) -> list[np.ndarray]:
     """A state per device as one array per leaf, with the mapped mesh axes in front."""
-    settle(None)
+    settle(slot)
     sizes = tuple(size for _, size in parts.mesh)
     order = mesh_orders.get(slot.id, range(int(np.prod(sizes))))
     rows = [slot.get(slot.type, ordinal) for ordinal in order]
@@ -277,7 +314,7 @@ def set(
     if device is None:
         _loans.set_spread(slot, type_id, state)
         return
-    settle(device)
+    settle(slot)
     ordinal = _jax.device_ordinal(device)
     addresses = [_address(x) for x in state]
     if masks is None:
@@ -290,7 +327,7 @@ def set(
 
 def set_stored(slot: Any, type_id: int, leaves: Sequence[Any]) -> None:
     """Copies arrays of the slot's own type, on its device, into the store."""
-    settle(_jax.local_device(slot.device))
+    settle(slot)
     slot.set(type_id, slot.device, [_address(x) for x in leaves])
 
 

@@ -172,6 +172,13 @@ xf::ErrorOr<std::unique_ptr<Share>> instantiate(xf::Span<const std::int64_t> sta
   return std::make_unique<Share>(std::move(ref));
 }
 
+thread_local std::uint64_t fences = 0;
+
+xf::Error fence() {
+  ++fences;
+  return xf::Error::Success();
+}
+
 xf::Error nothing(xf::RemainingArgs, xf::RemainingRets) { return xf::Error::Success(); }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate,
@@ -190,6 +197,7 @@ XLA_FFI_DEFINE_HANDLER(kSetMasked, set_masked, bind_state());
 XLA_FFI_DEFINE_HANDLER(kGetRow, get_row, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetRow, set_row, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetRowMasked, set_row_masked, bind_state());
+XLA_FFI_DEFINE_HANDLER(kFence, fence, xf::Ffi::Bind());
 XLA_FFI_DEFINE_HANDLER(kNothing, nothing, xf::Ffi::Bind().RemainingArgs().RemainingRets());
 
 // The short way, for operations that succeed. Whatever else comes is left to the typed handlers: a
@@ -239,10 +247,12 @@ std::int64_t process_nonce() noexcept {
   return nonce;
 }
 
+std::uint64_t fences_on_this_thread() noexcept { return fences; }
+
 const CpuHandlers& cpu_handlers() noexcept {
   static const CpuHandlers handlers{kInstantiate, quick_get,  quick_set,     kSetMasked,
-                                    kGetRow,      kSetRow,    kSetRowMasked, kNothing,
-                                    &Share::id,   &share_info};
+                                    kGetRow,      kSetRow,    kSetRowMasked, kFence,
+                                    kNothing,     &Share::id, &share_info};
   return handlers;
 }
 

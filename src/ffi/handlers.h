@@ -29,11 +29,15 @@ struct CpuHandlers {
   XLA_FFI_Handler* get_row;
   XLA_FFI_Handler* set_row;
   XLA_FFI_Handler* set_row_masked;
+  XLA_FFI_Handler* fence;    // counts itself; no attributes, operands or results
   XLA_FFI_Handler* nothing;  // does nothing: what an ordered call costs at least
   XLA_FFI_TypeId* share_type_id;
   XLA_FFI_TypeInfo* share_type_info;
 };
 const CpuHandlers& cpu_handlers() noexcept;
+
+// How many fences have run on this thread.
+std::uint64_t fences_on_this_thread() noexcept;
 
 // Hoisted programs load the states of many slots by one call, and store them by another. The
 // attribute `states` is an array of i64: process_nonce(), then slot id and type id of each.

@@ -203,6 +203,7 @@ nb::dict handler_capsules() {
   capsules["get_row"] = handler_capsule(h.get_row);
   capsules["set_row"] = handler_capsule(h.set_row);
   capsules["set_row_masked"] = handler_capsule(h.set_row_masked);
+  capsules["fence"] = handler_capsule(h.fence);
   capsules["nothing"] = handler_capsule(h.nothing);
   const ffi::PackedHandlers& packed = ffi::cpu_packed_handlers();
   capsules["instantiate_packed"] = handler_capsule(packed.instantiate);
@@ -255,6 +256,16 @@ NB_MODULE(_core, m) {
       .def_prop_ro(
           "num_programs", [](const SlotRef& s) { return s->num_programs(); },
           "How many operations in compiled programs name the slot.")
+      .def(
+          "rests_at",
+          [](const SlotRef& s, std::int64_t version) {
+            // Programs first: those that are gone have set what they set.
+            return s->num_programs() == 0 && failures::pending() == 0 && s->version() == version;
+          },
+          "version"_a,
+          "Whether the state is of this version, no compiled program names the slot, and no "
+          "failure is "
+          "to be raised.")
       .def(
           "accepts", [](const SlotRef& s, TypeId type) { return s->accepts(s.id(), type); },
           "type"_a, "Whether an operation of this type would agree with the state.")
@@ -332,6 +343,15 @@ NB_MODULE(_core, m) {
       "usage", [] { return std::make_tuple(usage().slots, usage().bytes, usage().programs); },
       "(live slots, bytes of their states, operations on them in compiled programs)");
   m.def("num_programs", [] { return usage().programs; });
+  m.def(
+      "passes_fence",
+      [](const nb::callable& dispatch) {
+        const std::uint64_t before = ffi::fences_on_this_thread();
+        dispatch();
+        return ffi::fences_on_this_thread() != before;
+      },
+      "dispatch"_a,
+      "Whether a fence has run, on this thread, by the time that `dispatch()` has returned.");
   m.def("process_nonce", &ffi::process_nonce);
   m.def("handlers", &handler_capsules);
   m.def("handler_types", &type_registrations);

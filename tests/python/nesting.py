@@ -1,5 +1,10 @@
-"""Nestings of transformations around a read-modify-write of one slot, and a Python loop's answer."""
+"""Nestings of transformations around a read-modify-write of one slot, in JAX and in NumPy.
 
+Where a nesting has a vmap in it, each lane may have a state of its own, or all may share one. Lanes part
+company in cond, switch and while, as these go by the value.
+"""
+
+import functools
 import itertools
 
 import jax
@@ -9,19 +14,38 @@ from jax import lax
 
 import storax
 
+START, X = 2.0, 0.7
+# cond and switch take the branch with state above this, and while goes on.
+THRESHOLD = 0.5
+# What vmap's lanes multiply their argument by.
+LANES = np.array([1.0, 0.6], np.float32)
 
-def count_and_multiply(index, x):
+
+# --- In JAX ---------------------------------------------------------------------------------------
+
+
+def count(index, x):
     """state += 1; returns x times the old state."""
-    s = storax.get_state(index, jnp.float32(0))
+    s = storax.get_state(index, 0 * x)
     storax.set_state(index, s + 1)
     return x * s
 
 
 def count_with_data(index, x):
     """The same, with a set that depends on what is differentiated, through stop_gradient."""
-    s = storax.get_state(index, jnp.float32(0))
+    s = storax.get_state(index, 0 * x)
     storax.set_state(index, s + lax.stop_gradient(jnp.sin(x)) * 0 + 1)
     return x * s
+
+
+def count_shared(index, x):
+    """The same, with one state for all lanes."""
+    s = storax.get_state(index, jnp.float32(0))
+    storax.set_state(index, s + 1)
+    return x * s
+
+
+BASES = {"count": count, "data": count_with_data, "shared": count_shared}
 
 
 def _custom_jvp(f):
@@ -37,36 +61,33 @@ def _custom_vjp(f):
 
 
 def _while(f):
-    def run(x):
-        return lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
-
-    return run
+    goes_on = lambda c: (c[0] == 0) | ((c[0] < 2) & (c[1] > THRESHOLD))
+    return lambda x: lax.while_loop(goes_on, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
 
 
-# name: (wrapper, how often it runs the function, whether reverse mode can go through it)
+def _cond(f):
+    return lambda x: lax.cond(x > THRESHOLD, f, lambda x: x, x)
+
+
+def _switch(f):
+    return lambda x: lax.switch((x > THRESHOLD) * 1, [lambda x: x, f], x)
+
+
 WRAPPERS = {
-    "jit": (jax.jit, 1, True),
-    "checkpoint": (jax.checkpoint, 1, True),
-    "checkpoint_policy": (
-        lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable),
-        1,
-        True,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "checkpoint_policy": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable
     ),
-    "scan": (
-        lambda f: lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
-        2,
-        True,
-    ),
-    "cond": (lambda f: lambda x: lax.cond(x > -10, f, lambda x: x, x), 1, True),
-    "switch": (lambda f: lambda x: lax.switch((x > -10) * 1, [lambda x: x, f], x), 1, True),
-    "fori": (lambda f: lambda x: lax.fori_loop(0, 2, lambda i, c: f(c), x), 2, True),
-    "while": (_while, 2, False),
-    "vmap": (lambda f: lambda x: jax.vmap(f)(x[None])[0], 1, True),
-    "custom_jvp": (_custom_jvp, 1, True),
-    "custom_vjp": (_custom_vjp, 1, True),
+    "scan": lambda f: lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
+    "cond": _cond,
+    "switch": _switch,
+    "fori": lambda f: lambda x: lax.fori_loop(0, 2, lambda i, c: f(c), x),
+    "while": _while,
+    "vmap": lambda f: lambda x: jax.vmap(f)(x * LANES).sum(),
+    "custom_jvp": _custom_jvp,
+    "custom_vjp": _custom_vjp,
 }
-# vmap gives the state a batch axis, so what is inside it gets a batched `like`.
-BASES = {"count": count_and_multiply, "data": count_with_data}
 
 
 def nestings(depth, without=()):
@@ -75,19 +96,73 @@ def nestings(depth, without=()):
 
 
 def build(names, base, index):
+    """The nesting as a function, the first name outermost."""
     f = lambda x: base(index, jnp.sin(x))
     for name in reversed(names):
-        f = WRAPPERS[name][0](f)
+        f = WRAPPERS[name](f)
     return f
 
 
-def runs(names):
-    return int(np.prod([WRAPPERS[n][1] for n in names]))
+def over_lanes(names, base, f):
+    """`f` of a state, for all the lanes that have one of their own."""
+    for _ in range(levels(names, base)):
+        f = jax.vmap(f)
+    return f
 
 
-def expected(n, start, x):
-    """Value and gradient of n rounds, each x -> sin(x) * state, state += 1."""
-    value, grad = np.float64(x), 1.0
-    for k in range(n):
-        value, grad = np.sin(value) * (start + k), np.cos(value) * (start + k) * grad
-    return value, grad
+def levels(names, base):
+    return 0 if base == "shared" else names.count("vmap")
+
+
+def can_reverse(names):
+    return "while" not in names
+
+
+def can_forward(names):
+    return "custom_vjp" not in names
+
+
+# --- In NumPy -------------------------------------------------------------------------------------
+
+
+class Loop:
+    """What a nesting does, as plain loops in which all lanes go in step."""
+
+    def __init__(self, names, base):
+        self.names, self.shared = names, base == "shared"
+        shape = (len(LANES),) * levels(names, base)
+        self.state = START + np.arange(np.prod(shape, dtype=int)).reshape(shape)
+        self.first = self.state
+        self.runs = 0
+
+    def __call__(self, x):
+        """The value and the derivative."""
+        return self._nest(self.names, np.array([x, 1.0]), np.array(True))
+
+    def _nest(self, names, x, active):
+        """`x` is values and derivatives, with an axis for each vmap; `active` says which lanes count."""
+        if not names:
+            return self._base(x, active)
+        name, rest = names[0], names[1:]
+        if name == "vmap":
+            inner = self._nest(rest, x[..., None] * LANES, active[..., None] & (LANES > 0))
+            return inner.sum(-1)
+        if name in ("cond", "switch"):
+            return self._where(x[0] > THRESHOLD, rest, x, active)
+        if name == "while":
+            x = self._nest(rest, x, active)
+            return self._where(x[0] > THRESHOLD, rest, x, active)
+        for _ in range(2 if name in ("scan", "fori") else 1):
+            x = self._nest(rest, x, active)
+        return x
+
+    def _where(self, lanes, rest, x, active):
+        if not (lanes & active).any():
+            return x
+        return np.where(lanes, self._nest(rest, x, lanes & active), x)
+
+    def _base(self, x, active):
+        self.runs += 1
+        y = np.stack([np.sin(x[0]), np.cos(x[0]) * x[1]]) * self.state
+        self.state = self.state + (active.any() if self.shared else active)
+        return y

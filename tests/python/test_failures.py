@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import time
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 
 import storax
+from storax import _core
 
 
 def heavy(x, n=20):
@@ -33,7 +36,8 @@ def fails_late(m):
 def test_at_the_next_eager_operation(fails_late):
     good = storax.StateIndex()
     storax.set_state(good, jnp.float32(1))
-    jax.jit(lambda: storax.get_state(good, jnp.float32(0)))()
+    program = jax.jit(lambda: storax.get_state(good, jnp.float32(0)))
+    program()
     for operation in (
         lambda: storax.get_state(good, jnp.float32(0)),
         lambda: storax.set_state(good, jnp.float32(2)),
@@ -43,6 +47,23 @@ def test_at_the_next_eager_operation(fails_late):
         with pytest.raises(
             RuntimeError, match=r"earlier program failed[^$]*'late'.*holds f32\[3\]"
         ):
+            operation()
+        operation()  # once
+
+
+def test_once_it_has_failed(fails_late):
+    """A state that no program uses is not waited for, but what has failed by then is raised."""
+    unused = storax.StateIndex()
+    storax.set_state(unused, jnp.float32(1))
+    for operation in (
+        lambda: storax.get_state(unused, jnp.float32(0)),
+        lambda: storax.set_state(unused, jnp.float32(2)),
+        lambda: jax.tree.leaves(eqx.nn.inference_mode(unused)),
+    ):
+        fails_late()
+        while not _core.pending_failures():
+            time.sleep(0.001)
+        with pytest.raises(RuntimeError, match="earlier program failed"):
             operation()
         operation()  # once
 

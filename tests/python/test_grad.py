@@ -1,5 +1,6 @@
 """State under grad, jvp, linearize, checkpoint and their nestings: a constant, each op run once."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,37 +8,6 @@ import pytest
 from jax import lax
 
 import storax
-from nesting import BASES, WRAPPERS, build, expected, nestings, runs
-
-START, X = 2.0, 0.7
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("names", nestings(1, {"vmap"}) + nestings(2, {"vmap"}), ids="-".join)
-def test_nesting(names, base):
-    index = storax.StateIndex()
-    f = build(names, BASES[base], index)
-    n = runs(names)
-    value, grad = expected(n, START, X)
-    differentiable = all(WRAPPERS[name][2] for name in names)
-    core = index._slot.core
-
-    def run(g):
-        storax.set_state(index, jnp.float32(START))
-        before = core.num_gets, core.num_sets
-        out = jax.block_until_ready(g(jnp.float32(X)))
-        ran = core.num_gets - before[0], core.num_sets - before[1]
-        assert ran == (n, n)
-        assert storax.get_state(index, jnp.float32(0)) == START + n
-        return out
-
-    np.testing.assert_allclose(run(jax.jit(f)), value, rtol=1e-4)
-    if differentiable:
-        got = run(jax.jit(jax.value_and_grad(f)))
-        np.testing.assert_allclose(got, (value, grad), rtol=1e-4, atol=1e-6)
-    elif "custom_vjp" not in names:
-        got = run(jax.jit(lambda x: jax.jvp(f, (x,), (1.0,))))
-        np.testing.assert_allclose(got, (value, grad), rtol=1e-4, atol=1e-6)
 
 
 def _counter(value=0.0):
@@ -130,6 +100,21 @@ def test_stop_gradient_is_the_way_out():
     assert storax.get_state(index, jnp.float32(0)) == 6
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("x", [2.0, np.float32(2), np.full(3, 2, np.float32)], ids=type)
+@pytest.mark.parametrize("transform", [jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (x,))[1]])
+def test_arguments_that_are_no_jax_arrays(transform, x, jit):
+    """What `stop_gradient` makes of these is no JAX array either, but it came from JAX."""
+    index = storax.StateIndex()
+
+    def f(x):
+        storax.set_state(index, lax.stop_gradient(x))
+        return jnp.sum(x * storax.get_state(index, lax.stop_gradient(x)))
+
+    jit(transform(f))(x)
+    assert jnp.all(storax.get_state(index, jnp.asarray(x)) == 2)
+
+
 def test_state_in_both_rules_of_custom_vjp():
     forward, backward = _counter(), _counter()
 
@@ -183,3 +168,25 @@ def test_scan_of_checkpoint_of_scan():
     value, grad = jax.jit(jax.value_and_grad(outer))(jnp.float32(1))
     assert (value, grad) == (24, 24)
     assert storax.get_state(index, jnp.float32(0)) == 5
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("value", [True, 3, 0.5])
+def test_scalars_made_under_checkpoint(value, jit):
+    """JAX evaluates that jaxpr eagerly, and hands over such scalars as Python's own."""
+    index, frozen = storax.StateIndex(), storax.StateIndex(inference=True)
+    storax.set_state(eqx.nn.inference_mode(frozen, value=False), jnp.array(value))
+
+    @jax.checkpoint
+    def f(x):
+        storax.set_state(index, jnp.array(value))
+        # `like` depends on nothing, and so is a scalar too.
+        got = storax.get_state(index, jnp.array(value))
+        held = storax.get_state(frozen, jnp.array(value))
+        lax.cond(x > 0, lambda: storax.set_state(index, jnp.array(value)), lambda: None)
+        return x * got * held
+
+    assert jit(jax.grad(f))(jnp.float32(1)) == value * value
+    xs = jnp.arange(2, dtype=jnp.float32)
+    assert jit(jax.vmap(jax.grad(f)))(xs).tolist() == [value * value] * 2
+    assert storax.get_state(index, jnp.array(value)) == value

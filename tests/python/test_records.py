@@ -81,17 +81,6 @@ def test_a_later_version_of_the_format(module):
 PAGE = Path(__file__).parents[2] / "docs" / "serialisation.md"
 
 
-def test_the_examples_of_the_documentation(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    space = {"__name__": "page"}
-    for block in blocks:
-        exec(block, space)
-    assert {p.name for p in tmp_path.iterdir()} == {"model.eqx", "both.eqx"}
-    assert space["loaded"].norm.state_index != space["like"].norm.state_index
-
-
 def test_the_record_in_the_documentation():
     index = storax.StateIndex(name="n")
     storax.set_state(index, (jnp.int8(7), None))

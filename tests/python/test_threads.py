@@ -339,14 +339,14 @@ def compiled(length, heavy):
     return jax.jit(program).lower(m).compile()
 
 m = jnp.full((300, 300), 0.001)
-short, long = compiled(300_000, True), compiled(100_000_000, False)
+short, long = compiled(3_000_000, True), compiled(100_000_000, False)
 
 def wait_until_it_runs():
     while index._slot.core.num_sets < 1000:
         time.sleep(0.001)
 
 def leave():
-    assert index._slot.core.num_sets < 300_000
+    assert index._slot.core.num_sets < 3_000_000
     print("done", flush=True)
 """
 

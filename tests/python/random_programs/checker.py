@@ -1,0 +1,125 @@
+"""Every way to run a program, against what it means."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+import storax
+
+from .interpreter import Interpreter
+from .runner import Runner
+from .syntax import Program
+
+# Not how storax compiles programs, but four times as fast for small ones; JAX 0.11 has no other way.
+QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else None
+
+
+@dataclasses.dataclass
+class Outcome:
+    results: list  # of each run
+    states: dict
+    counts: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to run a program."""
+
+    wrap: Callable  # (function, compiler options) -> function
+    # The second time a program is compiled already, and takes JAX's fast path.
+    runs: int = 2
+    # Whether each get and set of the program runs as often as the program says.
+    counts: bool = True
+    # What is slow runs a sample only, when there are many programs.
+    one_in: int = 1
+
+
+def _without_jit(f, options):
+    def run(*args):
+        with jax.disable_jit():
+            return f(*args)
+
+    return run
+
+
+WAYS = {
+    "jit": Way(lambda f, options: jax.jit(f, compiler_options=options)),
+    "eager": Way(lambda f, options: f, runs=1, one_in=20),
+    # JAX tries a loop in Python, and starts again if the lanes part company in the condition.
+    "disable_jit": Way(_without_jit, runs=1, counts=False, one_in=40),
+}
+if hasattr(storax, "jit"):  # which loads and stores state when it likes
+    WAYS["storax.jit"] = Way(lambda f, options: storax.jit(f), counts=False)
+    WAYS["storax.jit, pure"] = Way(lambda f, options: storax.jit(f, pack=False), counts=False)
+# What JAX itself refuses.
+REFUSED = {
+    "disable_jit": (
+        "zero-length scan is not supported in disable_jit",
+        "depends on whether lanes part company, which `jax.disable_jit`",
+    )
+}
+
+
+def sample(number: int) -> list[str]:
+    """The ways for the program of this number."""
+    return [name for name, way in WAYS.items() if number % way.one_in == 0]
+
+
+def expected(program: Program, runs: int) -> Outcome:
+    meaning = Interpreter(program)
+    results = [meaning.run() for _ in range(runs)]
+    states = meaning.states
+    return Outcome(
+        results,
+        {name: s.value for name, s in states.items()},
+        {name: (s.gets, s.sets) for name, s in states.items()},
+    )
+
+
+def observed(program: Program, way: Way, options=None) -> Outcome:
+    runner = Runner(program)
+    runner.preset()
+    before = runner.counts()
+    run, args = way.wrap(runner.__call__, options), runner.inputs()
+    results = [jax.block_until_ready(run(*args)) for _ in range(way.runs)]
+    storax.barrier()
+    counts = {
+        name: (gets - before[name][0], sets - before[name][1])
+        for name, (gets, sets) in runner.counts().items()
+    }
+    return Outcome(results, runner.final_states(), counts)
+
+
+def difference(want: Outcome, got: Outcome, count: bool) -> str | None:
+    """The first thing in which they differ."""
+    for k, (a, b) in enumerate(zip(want.results, got.results, strict=True)):
+        for n, (x, y) in enumerate(zip(a, b, strict=True)):
+            if not np.array_equal(x, y):
+                return f"run {k + 1}, result {n}: {np.asarray(y)} and not {x}"
+    for name, x in want.states.items():
+        if not np.array_equal(x, got.states[name]):
+            return f"state {name} in the end: {np.asarray(got.states[name])} and not {x}"
+    if count and want.counts != got.counts:
+        return f"gets and sets that ran: {got.counts} and not {want.counts}"
+    return None
+
+
+def check_way(program: Program, name: str, options=None) -> str | None:
+    """What is wrong with a program that is run this way."""
+    way = WAYS[name]
+    want = expected(program, way.runs)
+    try:
+        got = observed(program, way, options)
+    except Exception as e:
+        if any(text in str(e) for text in REFUSED.get(name, ())):
+            return None
+        return f"{type(e).__name__}: {e}"
+    return difference(want, got, way.counts)
+
+
+def check(program: Program, options=None, names=tuple(WAYS)) -> dict[str, str]:
+    """What is wrong, by the way of running in which it is."""
+    problems = {name: check_way(program, name, options) for name in names}
+    return {name: problem for name, problem in problems.items() if problem}

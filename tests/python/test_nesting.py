@@ -1,0 +1,91 @@
+"""Every nesting of transformations, to depth 3: values, derivatives, and how often each operation ran."""
+
+import os
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import storax
+from nesting import BASES, Loop, X, build, can_forward, can_reverse, nestings, over_lanes
+from random_programs.checker import QUICK
+
+ALL = os.environ.get("STORAX_ALL") == "1"
+
+
+def quick(f):
+    return jax.jit(f, compiler_options=QUICK)
+
+
+def one_in(n, names):
+    """A sample that is the same every time."""
+    return zlib.crc32("-".join(names).encode()) % n == 0
+
+
+# How a nesting is run, whether it returns the derivative too, and whether the operations that ran are
+# what the program says: `storax.jit` loads and stores when it likes.
+MODES = {
+    "jit": (quick, False, True),
+    "reverse": (lambda f: quick(jax.value_and_grad(f)), True, True),
+    "forward": (lambda f: quick(lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))), True, True),
+    "eager": (lambda f: f, False, True),
+    "eager reverse": (jax.value_and_grad, True, True),
+}
+if hasattr(storax, "jit"):
+    MODES["storax.jit"] = (storax.jit, False, False)
+    MODES["storax.jit reverse"] = (lambda f: storax.jit(jax.value_and_grad(f)), True, False)
+
+
+def modes(names, base):
+    """In how many ways a nesting is run: the most usual two always, the others for a sample, or with all."""
+    found = ["jit"] if base == "count" else []
+    found += ["reverse"] if can_reverse(names) else ["forward"] if can_forward(names) else ["jit"]
+    if ALL or one_in(4, names):
+        found += ["eager", *[m for m in MODES if m.startswith("storax")]]
+        found += ["forward"] if can_forward(names) else []
+        found += ["eager reverse"] if one_in(16, names) else []
+    possible = lambda m: can_reverse(names) or "reverse" not in m
+    return [m for m in dict.fromkeys(found) if possible(m)]
+
+
+def cases(depth, sample=lambda base: 1):
+    """Every nesting so deep around each base, or one in so many by `sample`."""
+    for names in nestings(depth):
+        for base in BASES:
+            possible = base != "shared" or "vmap" in names
+            if possible and (ALL or one_in(sample(base), names)):
+                yield pytest.param(names, base, id="-".join([base, *names]))
+
+
+def check(names, base):
+    index = storax.StateIndex()
+    f = build(names, BASES[base], index)
+    core = index._slot.core
+    on_lanes = lambda f: over_lanes(names, base, f)
+    for mode in modes(names, base):
+        wrap, differentiates, counts = MODES[mode]
+        loop = Loop(names, base)
+        on_lanes(lambda s: storax.set_state(index, s))(jnp.asarray(loop.first, jnp.float32))
+        want = loop(X) if differentiates else loop(X)[0]
+        before = core.num_gets, core.num_sets
+        got = jax.block_until_ready(wrap(f)(jnp.float32(X)))
+        ran = core.num_gets - before[0], core.num_sets - before[1]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6, err_msg=mode)
+        assert not counts or ran == (loop.runs, loop.runs), mode
+        state = on_lanes(lambda s: storax.get_state(index, s))(jnp.zeros(loop.first.shape))
+        np.testing.assert_array_equal(state, loop.state, err_msg=mode)
+
+
+# Without STORAX_ALL=1 this takes half a minute.
+CASES = [
+    *cases(1),
+    *cases(2, lambda base: 1 if base == "count" else 3),
+    *cases(3, lambda base: 40),
+]
+
+
+@pytest.mark.parametrize(("names", "base"), CASES)
+def test_nesting(names, base):
+    check(names, base)

@@ -1,0 +1,457 @@
+"""Everything in JAX and Equinox that takes a function, with state inside of that function.
+
+The function multiplies by the state and adds one to it: its values tell the order in which it ran,
+and the slot's own counts how often. Control flow, masks and devices have files of their own, too.
+"""
+
+import operator
+import os
+import subprocess
+import sys
+from functools import partial
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.custom_batching import custom_vmap, sequential_vmap
+from jax.experimental import checkify, io_callback, sparse
+from jax.experimental import pallas as pl
+from jax.experimental.compute_on import compute_on
+from jax.experimental.jet import jet
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import storax
+
+ONE, X, LANES = jnp.float32(1), jnp.float32(5), jnp.arange(3.0)
+
+
+def count(index, x):
+    s = storax.get_state(index, jnp.float32(0))
+    storax.set_state(index, s + 1)
+    return x * s
+
+
+class Counter:
+    def __init__(self):
+        self.index = storax.StateIndex(name="counter")
+        storax.set_state(self.index, jnp.float32(3))
+
+    def __call__(self, x):
+        return count(self.index, x)
+
+    @property
+    def state(self):
+        return float(storax.get_state(self.index, jnp.float32(0)))
+
+    def runs(self, n, g, *args):
+        """Calls `g`, and checks how often that has run the counter."""
+        state, core = self.state, self.index._slot.core
+        before = core.num_gets, core.num_sets
+        out = jax.block_until_ready(g(*args))
+        storax.barrier()
+        assert (core.num_gets, core.num_sets) == (before[0] + n, before[1] + n)
+        assert self.state == state + n
+        return out
+
+
+@pytest.fixture
+def f():
+    return Counter()
+
+
+@pytest.fixture(params=["eager", "jit"])
+def jit(request):
+    return {"eager": lambda f: f, "jit": lambda f: jax.jit(lambda *args: f(*args))}[request.param]
+
+
+# --- What calls its function once, and returns what that returns ----------------------------------
+
+
+def _ruled(make, **rules):
+    def wrap(f):
+        g = make(f)
+        for define, rule in rules.items():
+            getattr(g, define)(*rule(f))
+        return g
+
+    return wrap
+
+
+KINDS = {"lax": {}, "checkpointed": {"checkpoints": 2}, "bounded": {"max_steps": 4, "base": 2}}
+
+
+def _while(kind, steps=1):
+    loop = partial(eqxi.while_loop, lambda c: c[0] < steps, kind=kind, **KINDS[kind])
+    return lambda f: lambda x: loop(lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
+
+
+# A primitive since JAX 0.11.
+_SPACE = {} if jax.__version_info__ < (0, 11) else {"out_memory_spaces": jax.memory.Space.Device}
+
+WRAPPERS = {
+    "jit": jax.jit,
+    "inlined jit": lambda f: jax.jit(f, inline=True),
+    "checkpoint": jax.checkpoint,
+    "named_call": lambda f: jax.named_call(f, name="named"),
+    "named_scope": lambda f: jax.named_scope("named")(f),
+    "annotate_function": lambda f: jax.profiler.annotate_function(f, name="f"),
+    "closure_convert": lambda f: lambda x: (lambda g, c: g(x, *c))(*jax.closure_convert(f, x)),
+    "custom_jvp": _ruled(jax.custom_jvp, defjvp=lambda f: [partial(jax.jvp, f)]),
+    "custom_vjp": _ruled(jax.custom_vjp, defvjp=lambda f: [partial(jax.vjp, f), operator.call]),
+    "custom_gradient": lambda f: jax.custom_gradient(lambda x: jax.vjp(f, x)),
+    "custom_vmap": _ruled(
+        custom_vmap, def_vmap=lambda f: [lambda _, __, x: (jax.vmap(f)(x), True)]
+    ),
+    "sequential_vmap": sequential_vmap,
+    "vectorize": jnp.vectorize,
+    "platform_dependent": lambda f: lambda x: lax.platform_dependent(x, cpu=f, default=jnp.sin),
+    "map": lambda f: lambda x: lax.map(f, x[None])[0],
+    "checkify": lambda f: lambda x: checkify.checkify(f)(x)[1],
+    "sparsify": sparse.sparsify,
+    "compute_on": compute_on(compute_type="device_host", **_SPACE),
+    "custom_linear_solve": lambda f: (
+        lambda b: lax.custom_linear_solve(lambda v: v, b, lambda _, b: f(b), lambda _, b: f(b))
+    ),
+    "vjp": lambda f: lambda x: jax.vjp(f, x)[0],
+    "linearize": lambda f: lambda x: jax.linearize(f, x)[0],
+    "filter_jit": eqx.filter_jit,
+    "filter_checkpoint": eqx.filter_checkpoint,
+    "filter_closure_convert": lambda f: lambda x: eqx.filter_closure_convert(f, x)(x),
+    "filter_custom_jvp": _ruled(
+        eqx.filter_custom_jvp, def_jvp=lambda f: [partial(eqx.filter_jvp, f)]
+    ),
+    "filter_custom_vjp": _ruled(
+        eqx.filter_custom_vjp,
+        def_fwd=lambda f: [lambda _, x: jax.vjp(f, x)],
+        def_bwd=lambda f: [lambda pullback, ct, *_: pullback(ct)[0]],
+    ),
+    "assert_max_traces": lambda f: eqx.debug.assert_max_traces(f, max_traces=None),
+    **{f"while_loop, {kind}": _while(kind) for kind in KINDS},
+}
+# Their derivatives don't exist, or call the function again, with state or without.
+NO_GRADIENT = {"custom_vmap", "sequential_vmap", "while_loop, lax", "custom_linear_solve"}
+# What storax's masks don't reach into.
+NO_MASK = {"custom_vmap", "sequential_vmap", "custom_linear_solve", "compute_on"}
+
+
+def wrappers(without=()):
+    return pytest.mark.parametrize("name", [n for n in WRAPPERS if n not in without])
+
+
+@wrappers()
+def test_in_program_order(name, f, jit):
+    g = WRAPPERS[name](f)
+    assert f.runs(4, jit(lambda x: (f(x), g(x), f(ONE), g(ONE))), X) == (15, 20, 5, 6)
+
+
+@wrappers({"checkpoint", "filter_checkpoint"})
+def test_in_a_loop_that_ignores_the_result(name, f):
+    """JAX drops what nobody uses and has no effect, and moves it out of loops."""
+    g = WRAPPERS[name](f)
+    step = lambda x: lambda c, _: (c + (g(x), 1)[1], None)
+    assert f.runs(3, jax.jit(lambda x: lax.scan(step(x), 0, None, length=3)[0]), X) == 3
+
+
+@wrappers(NO_GRADIENT | {"while_loop, checkpointed"})
+def test_in_the_gradient_of_checkpoints_in_a_scan(name, f):
+    g = WRAPPERS[name](f)
+    step = jax.checkpoint(lambda x, _: (g(x), None))
+    loop = lambda x: lax.scan(step, x, None, length=2)[0]
+    assert f.runs(2, jax.jit(jax.value_and_grad(loop)), X) == (5 * 3 * 4, 3 * 4)
+
+
+@wrappers(NO_MASK)
+def test_under_vmap_and_under_a_mask(name, f):
+    g = WRAPPERS[name](f)
+    h = jax.jit(jax.vmap(lambda p, x: (g(x), lax.cond(p, g, lambda x: x, x))))
+    np.testing.assert_array_equal(f.runs(1, h, LANES < 0, LANES), [[0, 3, 6], [0, 1, 2]])
+    np.testing.assert_array_equal(f.runs(2, h, LANES > 1, LANES), [[0, 4, 8], [0, 1, 10]])
+
+
+@pytest.mark.parametrize("name", sorted(NO_MASK - {"compute_on"}))
+def test_masks_that_do_not_reach_the_state_are_refused(name, f):
+    h = jax.vmap(lambda p, x: lax.cond(p, WRAPPERS[name](f), lambda x: x, x))
+    with pytest.raises(NotImplementedError, match=r"storax.*Move the get and set out of it"):
+        jax.jit(h)(LANES > 1, LANES)
+
+
+# --- Derivatives: state is a constant, and each operation runs once -------------------------------
+
+
+def _fwd_and_bwd(f):
+    fwd, bwd = jax.fwd_and_bwd(f, argnums=0)
+    return lambda x: (lambda y, residuals: (y, bwd(residuals, ONE)))(*fwd(x))
+
+
+DERIVATIVES = {
+    "grad": (jax.grad, 3),
+    "value_and_grad": (jax.value_and_grad, (15, 3)),
+    "jvp": (lambda f: lambda x: jax.jvp(f, (x,), (ONE,)), (15, 3)),
+    "vjp": (lambda f: lambda x: jax.vjp(f, x)[1](ONE), (3,)),
+    "linearize": (lambda f: lambda x: jax.linearize(f, x)[1](ONE), 3),
+    "linear_transpose": (lambda f: lambda x: jax.linear_transpose(f, x)(ONE), (3,)),
+    "fwd_and_bwd": (_fwd_and_bwd, (15, 3)),
+    "jacfwd": (jax.jacfwd, 3),
+    "jacrev": (jax.jacrev, 3),
+    "hessian": (lambda f: jax.hessian(lambda x: f(x) * x), 6),
+    "jet": (lambda f: lambda x: jet(f, (x,), ((ONE,),)), (15, [3])),
+    "filter_value_and_grad": (eqx.filter_value_and_grad, (15, 3)),
+    "filter_jvp": (lambda f: lambda x: eqx.filter_jvp(f, (x,), (ONE,)), (15, 3)),
+    "filter_vjp": (lambda f: lambda x: eqx.filter_vjp(f, x)[1](ONE), (3,)),
+    **{f"filter_{n}": (getattr(eqx, f"filter_{n}"), 3) for n in ("grad", "jacfwd", "jacrev")},
+    "filter_hessian": (lambda f: eqx.filter_hessian(lambda x: f(x) * x), 6),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives(name, f, jit):
+    derivative, want = DERIVATIVES[name]
+    assert f.runs(1, jit(derivative(f)), X) == want
+
+
+def test_of_a_model_as_an_argument(f):
+    """With the index in it, whose flag is a leaf that is no array."""
+    call = lambda model, x: model[0] * count(model[1], x)
+    model, tangents = (ONE, f.index), (ONE, jax.tree.map(lambda _: None, f.index))
+    assert f.runs(1, eqx.filter_jit(call), model, X) == 15
+    assert f.runs(1, eqx.filter_closure_convert(call, model, X), model, X) == 20
+    assert f.runs(1, eqx.filter_jvp, call, (model, X), (tangents, ONE)) == (25, 25 + 5)
+    pullback = eqx.filter_vjp(call, model, X)[1]
+    assert f.runs(0, lambda: pullback(ONE)[0][0]) == 30
+    for k, transform in enumerate((eqx.filter_jacfwd, eqx.filter_jacrev, eqx.filter_grad)):
+        assert f.runs(1, lambda t=transform: t(call)(model, X)[0]) == 35 + 5 * k
+
+
+def test_custom_jvp(f, jit):
+    rule = Counter()
+    for make, define in ((jax.custom_jvp, "defjvp"), (eqx.filter_custom_jvp, "def_jvp")):
+        g = make(f)
+        getattr(g, define)(lambda primals, tangents: (rule(*primals), tangents[0] * 7))
+        f.runs(1, jit(g), X)
+        rule.runs(1, jit(lambda x, g=g: jax.jvp(g, (x,), (ONE,))), X)
+        assert f.runs(0, jit(jax.grad(lambda x, g=g: g(x))), X) == 7
+
+
+def test_custom_vjp(f, jit):
+    forward, backward = Counter(), Counter()
+    in_jax, in_equinox = jax.custom_vjp(f), eqx.filter_custom_vjp(f)
+    in_jax.defvjp(lambda x: (forward(x), x), lambda x, ct: (backward(ct),))
+    in_equinox.def_fwd(lambda _, x: (forward(x), x))
+    in_equinox.def_bwd(lambda x, ct, *_: backward(ct))
+    by_hand = jax.custom_gradient(lambda x: (forward(x), lambda ct: backward(ct)))
+    for k, g in enumerate((in_jax, in_equinox, by_hand)):
+        f.runs(g is not by_hand, jit(g), X)
+        assert f.runs(0, jit(jax.grad(lambda x, g=g: g(x))), X) == 3 + k
+    assert (forward.state, backward.state) == (3 + 3 + 1, 3 + 3)
+
+
+def test_custom_linear_solve(jit):
+    """`solve` runs for the value and for the tangent, `transpose_solve` in the backward pass."""
+    solve, back = Counter(), Counter()
+    halve = lambda counter: lambda _, b: b / 2 + 0 * counter(b)
+    g = lambda b: lax.custom_linear_solve(lambda v: 2 * v, b, halve(solve), halve(back))
+    assert solve.runs(1, jit(g), X) == 2.5
+    assert solve.runs(2, jit(lambda x: jax.jvp(g, (x,), (ONE,))), X) == (2.5, 0.5)
+    assert back.state == 3
+    assert back.runs(1, jit(jax.grad(g)), X) == 0.5
+    np.testing.assert_array_equal(solve.runs(1, jit(jax.vmap(g)), LANES), LANES / 2)
+
+
+def test_custom_root(f, jit):
+    def g(a):
+        solve = lambda g, x: x - g(x) + 0 * f(x)
+        return lax.custom_root(lambda x: x - 2 * a, a, solve, lambda g, y: y / g(ONE))
+
+    assert f.runs(1, jit(g), X) == 10
+    assert f.runs(1, jit(jax.grad(g)), X) == 2
+
+
+# --- What calls its function more often, later, or not at all -------------------------------------
+
+
+def test_lanes_and_batches(f, jit):
+    rule, g = Counter(), custom_vmap(f)
+    g.def_vmap(lambda size, batched, x: (rule(x), True))
+    np.testing.assert_array_equal(rule.runs(1, jit(jax.vmap(g)), LANES), [0, 3, 6])
+    g = jax.vmap(sequential_vmap(f))
+    np.testing.assert_array_equal(f.runs(4, jit(g), jnp.ones(4)), [3, 4, 5, 6])
+    g = lambda xs: lax.map(f, xs, batch_size=4)
+    np.testing.assert_array_equal(f.runs(3, jit(g), jnp.ones(10)), [7] * 4 + [8] * 4 + [9] * 2)
+
+
+def test_associative_scan(f):
+    """A tree of calls, not a loop: as many as JAX makes while it traces."""
+    calls = []
+    combine = lambda a, b: (calls.append(None), a + b + 0 * f(a))[1]
+    out = jax.jit(lambda x: lax.associative_scan(combine, x))(jnp.ones(8))
+    np.testing.assert_array_equal(out, jnp.arange(1, 9))
+    assert f.state == 3 + len(calls)
+
+
+REDUCTIONS = {
+    "reduce": lambda f: lax.reduce(LANES, X, f, [0]),
+    "reduce, two operands": lambda f: lax.reduce(
+        (LANES, LANES), (X, X), lambda a, b: (f(a[0], b[0]), a[1]), [0]
+    ),
+    "reduce_window": lambda f: lax.reduce_window(LANES, X, f, (2,), (1,), "VALID"),
+    "apply": lambda f: LANES.at[0].apply(lambda x: f(x, x)),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions_have_no_order(name, f, jit):
+    reduction = jit(lambda: REDUCTIONS[name](lambda a, b: a + f(b)))
+    with pytest.raises(NotImplementedError, match=r"storax: state inside .* Use `jax.lax.scan`"):
+        f.runs(0, reduction)
+    assert REDUCTIONS[name](lambda a, b: a + b) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equinox_loops(kind, f, jit):
+    for steps in (0, 3):
+        assert f.runs(steps, jit(_while(kind, steps)(f)), ONE) == np.prod(range(3, 3 + steps))
+    if kind == "bounded":
+        assert f.runs(3, jit(jax.grad(_while(kind, 3)(f))), ONE) == 6 * 7 * 8
+    else:
+        scan = lambda x: eqxi.scan(lambda c, x: (f(c), x), x, LANES, kind=kind, **KINDS[kind])[0]
+        assert f.runs(3, jit(scan), ONE) == 6 * 7 * 8
+
+
+def test_what_only_looks_runs_nothing(f):
+    looks = [jax.eval_shape, eqx.filter_eval_shape, eqxi.cached_filter_eval_shape]
+    looks += [lambda g, x, make=m: make(g)(x) for m in (jax.make_jaxpr, eqx.filter_make_jaxpr)]
+    looks += [lambda g, x, jit=j: jit(g).lower(x).compile() for j in (jax.jit, eqx.filter_jit)]
+    for look in looks:
+        f.runs(0, lambda look=look: (look(f, X), None)[1])
+    for jit in (jax.jit, eqx.filter_jit):
+        compiled = jit(f).lower(X).compile()
+        assert f.runs(1, compiled, X) + 5 == f.runs(1, compiled, X)
+
+
+def test_modes_of_jax(f):
+    modes = (jax.disable_jit, jax.debug_nans, jax.debug_infs, jax.debug_key_reuse)
+    for mode in (*modes, jax.check_tracer_leaks):
+        with mode(True):
+            f.runs(1, jax.jit(f), X)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        jax.jit(lambda x: jnp.log(-f(x)))(X)
+
+
+def test_checkify(f, jit):
+    g = lambda x: f(x)
+
+    def checked(x):
+        x = lax.cond(x > 0, g, lambda x: x, x)
+        x = lax.while_loop(lambda x: x < 70, g, x)
+        checkify.check(x < 0, "{} is too much", x)
+        return f(x)
+
+    error, out = f.runs(4, jit(checkify.checkify(checked, errors=checkify.all_checks)), X)
+    assert out == 5 * 3 * 4 * 5 * 6
+    assert "300.0 is too much" in error.get()
+
+
+def test_without_jit_no_loop_starts_again(f):
+    """Under vmap JAX finds out too late that it can't run a loop in Python."""
+
+    def loop(x):
+        more = lambda x: (f(ONE) < 5) & (x < 2)
+        return lax.while_loop(more, lambda x: x + 1, x)
+
+    with jax.disable_jit():
+        assert f.runs(3, loop, jnp.float32(0)) == 2
+        count = lambda n: lax.fori_loop(0, n, lambda _, x: f(x), ONE)
+        np.testing.assert_array_equal(f.runs(2, jax.vmap(count), jnp.arange(3)), [1, 6, 6 * 7])
+        with pytest.raises(NotImplementedError, match="Run it without `jax.disable_jit`"):
+            jax.vmap(loop)(LANES)
+
+
+def test_callbacks_next_to_state(f, jit):
+    seen, spec = [], jax.ShapeDtypeStruct((), jnp.float32)
+    add_one = lambda x, index=None: np.float32(x + 1)
+
+    def g(x):
+        jax.debug.callback(seen.append, f(x))
+        x = jax.pure_callback(add_one, spec, f(x))
+        x = eqx.filter_pure_callback(add_one, f(x), f.index, result_shape_dtypes=spec)
+        return io_callback(add_one, spec, f(x), ordered=True)
+
+    assert f.runs(4, jit(g), X) == ((5 * 4 + 1) * 5 + 1) * 6 + 1
+    jax.effects_barrier()
+    assert seen == [15]
+
+
+# --- Kernels, devices and processes ------------------------------------------------------------------------
+
+
+def test_pallas(f, jit):
+    """Interpreted, a kernel runs as JAX code does: a step of the grid after the other."""
+
+    def kernel(x, out):
+        out[...] = f(x[...])
+
+    block, shape = pl.BlockSpec((1,), lambda i: (i,)), jax.ShapeDtypeStruct((3,), jnp.float32)
+    call = partial(pl.pallas_call, kernel, shape, grid=3, in_specs=[block], out_specs=block)
+    interpreted = jit(call(interpret=True))
+    np.testing.assert_array_equal(f.runs(3, interpreted, jnp.ones(3)), [3, 4, 5])
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+        f.runs(0, jit(call()), jnp.ones(3))
+
+
+def test_export(f):
+    with pytest.raises(NotImplementedError, match=r"export.*inference_mode"):
+        jax.export.export(jax.jit(f))(X)
+    frozen = eqx.nn.inference_mode(f.index)
+    program = lambda x: x * storax.get_state(frozen, ONE)
+    assert f.runs(0, jax.export.export(jax.jit(program))(X).call, X) == 15
+
+
+@pytest.mark.parametrize("how", [jax.shard_map, jax.pmap, eqx.filter_pmap])
+def test_each_device_counts_for_itself(how):
+    mesh, spec = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,)), P("i")
+    kwargs = {"mesh": mesh, "in_specs": spec, "out_specs": spec} if how is jax.shard_map else {}
+    index, x = storax.StateIndex(), jnp.arange(4.0)
+
+    def step(x):
+        s = storax.get_state(index, x)
+        storax.set_state(index, s + x)
+        return s
+
+    how(lambda x: (storax.set_state(index, x), x)[1], **kwargs)(x)
+    step = how(step, **kwargs)
+    np.testing.assert_array_equal([step(x), step(x)], [x, 2 * x])
+    assert index._slot.core.num_gets == 8
+
+
+_IN_ANOTHER_PROCESS = """
+import sys, jax, jax.numpy as jnp, storax
+a, b = (storax.StateIndex() for _ in range(2))
+a, b = (a, b) if sys.argv[1] == "ab" else (b, a)  # they are numbered as they are made
+for index, x in ((a, 1.0), (b, 10.0)):
+    storax.set_state(index, jnp.array(x))
+@jax.jit
+def count(x):
+    s = storax.get_state(a, x)
+    storax.set_state(a, s + 1)
+    return s
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+jax.jit(lambda x: x * 7 + 1)(1.0)  # no state: comes from the cache
+print("/jax/compilation_cache/cache_hits" in events)
+print(count(0.0), count(0.0), *(storax.get_state(i, jnp.array(0.0)) for i in (a, b)))
+"""
+
+
+def test_persistent_compilation_cache(tmp_path):
+    """A program names its slots by numbers of its process: from a cache it must not be mistaken."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    for order, hit in (("ab", "False"), ("ba", "True")):
+        command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, order]
+        out = subprocess.check_output(command, env=os.environ | cache, text=True)
+        assert out.split() == [hit, "1.0", "2.0", "3.0", "10.0"]

@@ -41,8 +41,8 @@ class Traced(_Wrapper):
     @property
     def out_info(self) -> Any:
         info = self._inner.out_info
-        hoisted = self._placement is not None and self._placement.writes
-        return info[2] if hoisted else info
+        hoisted = self._placement is not None and self._placement.returns_states
+        return info[1] if hoisted else info
 
     def lower(self, **kwargs: Any) -> Any:
         try:

@@ -723,15 +723,19 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
 
 
 def call_path() -> tuple[Any, ...]:
-    """What `_core.set_jax` takes: how to flatten, what an array is, and whether anything is traced."""
+    """What `_core.set_jax` takes: how to flatten, what an array is, and what is out of the ordinary.
+
+    The latter is a list of configurations, each followed by the value it ordinarily has.
+    """
     arrays = (jax.Array, np.ndarray, np.generic)
-    at = [
-        _core.trace_state_strong_ref,
-        _core.eval_trace,
-        _core.axis_env_state,
-        _core.top_axis_env,
+    ordinary = [
+        *(_core.trace_state_strong_ref, _core.eval_trace),
+        *(_core.axis_env_state, _core.top_axis_env),
+        *(_config.disable_jit, False),
+        *(_config.debug_nans, False),
+        *(_config.debug_infs, False),
     ]
-    return jax.tree_util.default_registry.flatten, Array, arrays, at
+    return jax.tree_util.default_registry.flatten, Array, arrays, ordinary
 
 
 def infer_static(

@@ -69,6 +69,19 @@ def _as_tuple(x: Any) -> tuple[Any, ...]:
 class Jitted(_core.Dispatcher):
     """What `storax.jit` returns."""
 
+    # Not in `__dict__`, which `functools.wraps` copies to whatever wraps this.
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_donated",
+        "_form",
+        "_fun",
+        "_given",
+        "_options",
+        "_specialised",
+        "_static_argnums",
+    )
+
     def __init__(self, fun: Callable[..., Any], pack: bool | None, donate: bool, options: dict):
         install()
         self._given = options

@@ -1,10 +1,11 @@
 """Loading and storing the states of many slots by one call each, for hoisted programs.
 
     load_states                     -> ticket, *leaves   slots
-    store_states  *others, *leaves  -> done              slots, after
+    store_states  *others, *leaves  ->                   slots, after
 
-`slots` are pairs of a slot's and a type's number. `ticket` and `done` are s32 scalars: what store is
-given besides the leaves orders it after the load, and after whatever may fail.
+`slots` are pairs of a slot's and a type's number. `ticket` is an s32 scalar: what store is given
+besides the leaves orders it after the load, and after whatever may fail; `after` are the ordered effects
+of the program, which it comes after too.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ __all__ = ["NeedsPure", "load_p", "store_p"]
 
 load_p = _jax.Primitive("load_states")
 store_p = _jax.Primitive("store_states")
-load_p.multiple_results = True
+load_p.multiple_results = store_p.multiple_results = True
 
 
 class NeedsPure(Exception):
@@ -40,7 +41,7 @@ def _(*, slots):
 
 @store_p.def_effectful_abstract_eval
 def _(*others_and_leaves, slots, after):
-    return _jax.shaped((), np.int32), set(after)
+    return [], {_jax.STATE, *after}  # an effect, so that JAX does not drop it
 
 
 def _lower(ctx: Any, target: str, op: str, operands: Any, avals_in: Any, slots: Any) -> list[Any]:
@@ -87,6 +88,6 @@ def load(slots: tuple[tuple[int, int], ...]) -> tuple[Any, dict[int, list[Any]]]
     return ticket, states
 
 
-def store(slots: tuple, others: list[jax.Array], states: Any, effects: tuple) -> jax.Array:
+def store(slots: tuple, others: list[jax.Array], states: Any, effects: tuple) -> None:
     leaves = [x for slot_id, _ in slots for x in states[slot_id]]
-    return store_p.bind(*others, *leaves, slots=slots, after=effects)
+    store_p.bind(*others, *leaves, slots=slots, after=effects)

@@ -63,8 +63,8 @@ class Placement:
         return bool(self.donated or self.read)
 
     @property
-    def writes(self) -> bool:
-        return bool(self.stored or self.donated or self.born)
+    def returns_states(self) -> bool:
+        return bool(self.donated or self.born)
 
 
 @dataclasses.dataclass
@@ -196,9 +196,9 @@ class Specialised:
         if "in_shardings" in self._options and shift:
             changes["in_shardings"] = (None, None, *self._options["in_shardings"])
         out = self._options.get("out_shardings")
-        if placement.writes and (out is not None or any(s is not None for s in placement.shardings)):
+        if placement.returns_states and (out is not None or any(s is not None for s in placement.shardings)):
             states = [*placement.shardings, *[None] * len(placement.born)]
-            changes["out_shardings"] = (tuple(states), None, out)
+            changes["out_shardings"] = (tuple(states), out)
         return self._jit(hoisted, **changes)
 
     def _hoisted(self, placement: Placement, lent: dict[int, Any], arrays: Sequence[Any]) -> Any:
@@ -218,15 +218,14 @@ class Specialised:
             state.update(states)
             others.append(ticket)
         outs = _hoist.run(jaxpr, dict(now.types), state, arrays, others)
-        done = None
         if now.stored:
             effects = tuple(e for e in jaxpr.effects if _jax.is_ordered(e) and not _jax.is_state(e))
-            done = _packed.store(now.stored, others, state, effects)
+            _packed.store(now.stored, others, state, effects)
         result = _wrap_statics(jax.tree.unflatten(trace.out_tree, outs))
-        if not placement.writes:
+        if not placement.returns_states:
             return result
         written = (*placement.donated, *placement.born)
-        return tuple(tuple(state[s]) for s in written), done, result
+        return tuple(tuple(state[s]) for s in written), result
 
     # --- Running ---
 
@@ -259,7 +258,7 @@ class Specialised:
         donated, read = (
             [_core.share_slot(s) for s in slots] for slots in (placement.donated, placement.read)
         )
-        self._program = _core.Program(call, donated, read, placement.writes)
+        self._program = _core.Program(call, donated, read)
         self._program.set_ready(_core.layout_epoch())
         publish(self._program)
 
@@ -303,9 +302,9 @@ class Specialised:
                 tuple(leaves(s) for s in placement.read),
             )
         result = call(*states, *arrays)
-        if not placement.writes:
+        if not placement.returns_states:
             return result, not borrowed
-        new, _, result = result
+        new, result = result
         settled = not borrowed and not placement.born
         types = dict(placement.types)
         for slot_id, now in zip((*placement.donated, *placement.born), new, strict=True):

@@ -118,11 +118,10 @@ xf::Error typed_load(std::int32_t device, xf::Span<const std::int64_t> states, x
 }
 
 xf::Error typed_store(std::int32_t device, xf::Span<const std::int64_t> states,
-                      xf::RemainingArgs args, xf::RemainingRets results) {
+                      xf::RemainingArgs args, xf::RemainingRets) {
   const Targets targets(states.begin(), states.size());
   std::size_t failed = 0;
   const std::size_t others = args.size() - num_leaves(targets);
-  *static_cast<std::int32_t*>((*results.get<xf::AnyBuffer>(0))->untyped_data()) = 0;
   const auto operand = [&](std::size_t i) {
     return static_cast<const std::byte*>(args.get<xf::AnyBuffer>(others + i)->untyped_data());
   };
@@ -171,8 +170,7 @@ bool store_quickly(const XLA_FFI_CallFrame& frame) noexcept {
   Device device = kNoDevice;
   if (!find_targets(frame, &targets, &device)) return false;
   const std::size_t leaves = num_leaves(targets), args = static_cast<std::size_t>(frame.args.size);
-  if (args < leaves || frame.rets.size != 1) return false;
-  *static_cast<std::int32_t*>(data_of(frame.rets.rets[0])) = 0;
+  if (args < leaves) return false;
   const auto operand = [&, others = args - leaves](std::size_t i) {
     return static_cast<const std::byte*>(data_of(frame.args.args[others + i]));
   };

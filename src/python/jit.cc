@@ -23,10 +23,10 @@ using namespace nb::literals;
 // --- What JAX tells us at import, see `_jax.call_path` ---------------------------------------------
 
 struct Jax {
-  nb::object flatten;          // tree -> (leaves, treedef)
-  nb::object array;            // the type of arrays on a device
-  nb::object arrays;           // a tuple: all types of what a program takes as an array
-  std::vector<nb::object> at;  // holder, expected value of its `value`: equal if nothing is traced
+  nb::object flatten;                // tree -> (leaves, treedef)
+  nb::object array;                  // the type of arrays on a device
+  nb::object arrays;                 // a tuple: all types of what a program takes as an array
+  std::vector<nb::object> ordinary;  // a configuration, its ordinary value; and so on
 };
 
 Jax& jax() {
@@ -36,13 +36,14 @@ Jax& jax() {
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-bool is_tracing() {
+// Whether something is being traced, jit is disabled, or the like.
+bool is_extraordinary() {
   static PyObject* const value = interned("value");
-  const std::vector<nb::object>& at = jax().at;
-  for (std::size_t i = 0; i + 1 < at.size(); i += 2) {
-    const nb::object now = nb::steal(PyObject_GetAttr(at[i].ptr(), value));
+  const std::vector<nb::object>& ordinary = jax().ordinary;
+  for (std::size_t i = 0; i + 1 < ordinary.size(); i += 2) {
+    const nb::object now = nb::steal(PyObject_GetAttr(ordinary[i].ptr(), value));
     if (!now.is_valid()) nb::raise_python_error();
-    if (!now.is(at[i + 1])) return true;
+    if (!now.is(ordinary[i + 1])) return true;
   }
   return false;
 }
@@ -115,13 +116,13 @@ class LoanLockContext {
 // --- Programs --------------------------------------------------------------------------------------
 
 // A compiled program as a function of the arrays among a call's arguments. It takes the states lent to
-// it first, `(donated, read, *arrays)`, if there are any, and returns `(states, _, result)` if it
-// writes any; else the result alone.
+// it first, `(donated, read, *arrays)`, if there are any, and returns `(states, result)` if it changes
+// any of them; else the result alone.
 class Program {
  public:
   Program(nb::object call, const std::vector<nb::object>& donated,
-          const std::vector<nb::object>& read, bool writes)
-      : call_(std::move(call)), writes_(writes) {
+          const std::vector<nb::object>& read)
+      : call_(std::move(call)) {
     share(donated, &donated_);
     share(read, &read_);
     for (const SlotRef& ref : donated_) slots_.push_back(&*ref);
@@ -135,8 +136,7 @@ class Program {
   // Null, without an error, if the program was not ready after all.
   PyObject* run(PyObject* const* arrays, std::size_t size) {
     if (slots_.empty()) {
-      PyObject* result = PyObject_Vectorcall(call_.ptr(), arrays, size, nullptr);
-      return writes_ ? take_result(nb::steal(result)) : result;
+      return PyObject_Vectorcall(call_.ptr(), arrays, size, nullptr);
     }
     const LoanLock lock(slots_);
     if (!is_ready()) return nullptr;
@@ -146,7 +146,7 @@ class Program {
     args[1] = read.ptr();
     std::copy(arrays, arrays + size, args.begin() + 2);
     PyObject* result = PyObject_Vectorcall(call_.ptr(), args.data(), args.size(), nullptr);
-    return writes_ ? take_result(nb::steal(result)) : result;
+    return donated_.size() > 0 ? take_result(nb::steal(result)) : result;
   }
 
   int traverse(visitproc visit, void* arg) {
@@ -182,13 +182,12 @@ class Program {
           nb::borrow(PyTuple_GET_ITEM(states, static_cast<Py_ssize_t>(i))));
       donated_[i]->touch();
     }
-    return Py_NewRef(PyTuple_GET_ITEM(result.ptr(), 2));
+    return Py_NewRef(PyTuple_GET_ITEM(result.ptr(), 1));
   }
 
   nb::object call_;
   std::vector<SlotRef> donated_, read_;
   std::vector<Slot*> slots_;
-  bool writes_;
   std::atomic<std::int64_t> epoch_{-1};
 };
 
@@ -204,7 +203,7 @@ class Dispatcher {
         has_static_(!static_argnums_.empty() || nb::len(static_argnames_) > 0) {}
 
   PyObject* call(PyObject* self, PyObject* args, PyObject* kwargs) {
-    if (is_tracing()) return cold(self, args, kwargs);
+    if (is_extraordinary()) return cold(self, args, kwargs);
     const auto n = static_cast<std::size_t>(PyTuple_GET_SIZE(args));
     const bool no_kwargs = kwargs == nullptr || PyDict_GET_SIZE(kwargs) == 0;
     const bool only_arrays = no_kwargs && !has_static_ && all_arrays(args);
@@ -215,7 +214,7 @@ class Dispatcher {
     Call found = split(args, kwargs);
     const nb::object program = nb::borrow(PyDict_GetItemWithError(programs_.ptr(), found.key.ptr()));
     if (!program.is_valid()) {
-      if (PyErr_Occurred()) return nullptr;
+      PyErr_Clear();  // a leaf that can't be hashed, as will be said there
       return cold(self, args, kwargs);
     }
     if (only_arrays) {
@@ -425,9 +424,8 @@ nb::object unflatten_static(nb::object aux, nb::object) { return aux; }
 void bind_jit(nb::module_& m) {
   nb::class_<Program>(m, "Program", nb::type_slots(program_slots),
                       "A compiled program, and the states that are lent to it.")
-      .def(nb::init<nb::object, const std::vector<nb::object>&, const std::vector<nb::object>&,
-                    bool>(),
-           "call"_a, "donated"_a, "read"_a, "writes"_a)
+      .def(nb::init<nb::object, const std::vector<nb::object>&, const std::vector<nb::object>&>(),
+           "call"_a, "donated"_a, "read"_a)
       .def("set_ready", &Program::set_ready, "epoch"_a,
            "Says that, at this layout_epoch(), the states are where the program expects them.")
       .def_prop_ro("is_ready", &Program::is_ready);
@@ -476,10 +474,10 @@ void bind_jit(nb::module_& m) {
   m.def("layout_epoch", &layout_epoch);
   m.def(
       "set_jax",
-      [](nb::object flatten, nb::object array, nb::object arrays, std::vector<nb::object> at) {
-        jax() = {std::move(flatten), std::move(array), std::move(arrays), std::move(at)};
+      [](nb::object flatten, nb::object array, nb::object arrays, std::vector<nb::object> ordinary) {
+        jax() = {std::move(flatten), std::move(array), std::move(arrays), std::move(ordinary)};
       },
-      "flatten"_a, "array"_a, "arrays"_a, "at"_a);
+      "flatten"_a, "array"_a, "arrays"_a, "ordinary"_a);
   m.def("unflatten_static", &unflatten_static, "aux"_a, "children"_a.none());
 }
 

@@ -169,9 +169,10 @@ def as_strong(x: Any) -> Any:
 
 def as_sharded(x: Any, aval: Any) -> Any:
     """The same value, sharded as the type of an Explicit mesh says."""
-    if getattr(aval, "sharding", None) is None or jax.typeof(x).sharding == aval.sharding:
+    wanted = getattr(aval, "sharding", None)
+    if wanted is None or wanted.mesh.empty or jax.typeof(x).sharding == wanted:
         return x
-    return jax.sharding.reshard(x, aval.sharding)
+    return jax.sharding.reshard(x, wanted)
 
 
 def jit_like(f: Callable[..., Any], params: dict[str, Any]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """storax.jit: `jax.jit` for functions with state."""
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +14,9 @@ from ._install import install
 from ._specialise import Specialised, is_array
 
 __all__ = ["jit"]
+
+# How XLA's errors start. JAX's C++ dispatch raises them as ValueError.
+_XLA_ERROR = re.compile(r"[A-Z_]+: ")
 
 _core.set_jax(*_jax.call_path())
 
@@ -140,10 +144,8 @@ class Jitted(_core.Dispatcher):
                 f"{', '.join(lost)}. Set it again. `storax.jit(..., donate=False)` works on a copy, so "
                 f"that the state outlives a failure.\n{message}"
             ) from error
-        if isinstance(error, ValueError) and "storax." in message:
-            # JAX's C++ dispatch raises the errors of our handlers as ValueError.
-            _core.acknowledge_failure(message)
-            raise RuntimeError(message) from None
+        if type(error) is ValueError and _XLA_ERROR.match(message):
+            raise jax.errors.JaxRuntimeError(message) from error  # as JAX's Python dispatch does
         raise error
 
     def _raise_not_hashable(self, args: tuple, kwargs: dict) -> NoReturn:

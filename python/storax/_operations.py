@@ -152,7 +152,7 @@ def _get_now(slot: Slot, like: list[Any], structure: Structure) -> list[Any]:
         parts = type_parts(slot.core.type)
         sizes = tuple(size for _, size in parts.mesh)
         whole = [(*sizes, *shape) for shape in parts.shapes]
-        if structure is parts.structure and [x.shape for x in like] == whole:
+        if parts.mesh and structure is parts.structure and [x.shape for x in like] == whole:
             return [jnp.asarray(x) for x in _store.get_mapped(slot.core, parts)]
     plan = slot.plan
     key = (structure, *[x.shape for x in like])

@@ -231,6 +231,8 @@ class Specialised:
 
     def run(self, arrays: Sequence[Any], publish: Callable[[Any], None]) -> Any:
         """A call that the call path doesn't know how to do; `publish` tells it, for the next one."""
+        if any(len(x.sharding.device_set) > 1 for x in arrays if isinstance(x, jax.Array)):
+            self.make_pure()
         while True:
             trace = self.trace(arrays, with_jaxpr=False)
             jaxpr, placement = trace.jaxpr, self.place(trace.uses)

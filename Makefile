@@ -3,10 +3,12 @@
 # The interpreter that a new virtual environment is made with, and where that environment is.
 PYTHON ?= python3
 VENV ?= .venv
-# How many tests run at a time; more arguments for pytest, and for benchmarks/run.py.
+# How many tests run at a time; more arguments for pytest, benchmarks/run.py and what is in tools/.
 WORKERS ?= auto
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
+MUTANTS_ARGS ?=
 
 BIN := $(VENV)/bin
 BUILD := build/$(patsubst .%,%,$(notdir $(VENV)))
@@ -39,11 +41,19 @@ test-python: $(VENV)/.extension $(VENV)/.test $(VENV)/.demo ## Run the tests in 
 test-cpp: ctest-plain ## Run the tests in C++
 
 .PHONY: test-sanitized
-test-sanitized: ctest-address ctest-thread ## Run the tests in C++ under ASan and UBSan, then under TSan
+test-sanitized: ctest-address ctest-thread pytest-address pytest-thread ## Run tests under ASan and UBSan, then under TSan
 
 .PHONY: test-all
-test-all: ## Run the tests in Python on every JAX that storax supports
-	@MAKE='$(MAKE)' sh tools/test_all.sh
+test-all: ## Run the tests in Python, the long ones too, on every JAX that storax supports
+	@STORAX_ALL=1 MAKE='$(MAKE)' sh tools/test_all.sh
+
+.PHONY: soak
+soak: $(VENV)/.extension $(VENV)/.test ## Run 100,000 random programs: hours; run it again to go on
+	nice -n 19 $(BIN)/python tools/soak.py $(SOAK_ARGS)
+
+.PHONY: mutants
+mutants: $(VENV)/.extension $(VENV)/.test $(VENV)/.demo ## Take out each rule and check in turn: does a test notice?
+	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.extension $(VENV)/.bench ## Run the benchmarks
@@ -132,3 +142,33 @@ ctest-plain ctest-address ctest-thread: ctest-%: $(VENV)/.build $(VENV)/.test
 	  -DSTORAX_PYTHON=OFF -DSTORAX_TESTS=ON -DSTORAX_SANITIZE=$(SANITIZE_$*) $(FLAGS_$*) >/dev/null
 	@$(BIN)/cmake --build build/ctest-$* -- --quiet
 	@$(BIN)/ctest --test-dir build/ctest-$* --output-on-failure
+
+# --- Tests in Python of the extension, built with sanitizers --------------------------------------
+# Python and jaxlib aren't, so this is about storax's own accesses, to their memory too. A sanitizer has
+# to be loaded before anything else, with libstdc++, where ASan looks for __cxa_throw as it starts.
+# Python never frees all it has, hence detect_leaks=0: the tests in C++ look for leaks.
+
+RUNTIME_address := libasan.so
+RUNTIME_thread := libtsan.so
+TESTS_address := tests/python/test_dtypes.py
+# Not test_exit, whose programs XLA spreads over threads: TSan can't tell whose the compiled code is
+# that calls memcpy there, so nothing can be said to suppress it.
+TESTS_thread := tests/python/test_threads.py -k 'not test_exit'
+OPTIONS_address = ASAN_OPTIONS=detect_leaks=0:log_path=$(1) UBSAN_OPTIONS=print_stacktrace=1:log_path=$(1)
+OPTIONS_thread = TSAN_OPTIONS=suppressions=$(CURDIR)/tools/sanitized/tsan.supp:log_path=$(1)
+
+.PHONY: pytest-address pytest-thread
+pytest-address pytest-thread: pytest-%: $(VENV)/.build $(VENV)/.test
+	@echo "Building the extension with -fsanitize=$(SANITIZE_$*)"
+	@$(BIN)/cmake -S . -B $(BUILD)-$* -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM='$(abspath $(BIN)/ninja)' \
+	  -DPython_EXECUTABLE='$(abspath $(BIN)/python)' \
+	  -DSTORAX_SANITIZE=$(SANITIZE_$*) $(FLAGS_$*) >/dev/null
+	@$(BIN)/cmake --build $(BUILD)-$* -- --quiet
+	@rm -f $(BUILD)-$*/report.*
+	@export PYTHONPATH=tools/sanitized:python STORAX_EXTENSION="$$(ls $(CURDIR)/$(BUILD)-$*/_core.*.so)" \
+	  $(call OPTIONS_$*,$(CURDIR)/$(BUILD)-$*/report) && \
+	export LD_PRELOAD="$$($(CXX) -print-file-name=$(RUNTIME_$*)) $$($(CXX) -print-file-name=libstdc++.so.6)" && \
+	$(BIN)/python -c 'import os, storax._core as c; assert c.__file__ == os.environ["STORAX_EXTENSION"]' && \
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(TESTS_$*)
+	@! cat $(BUILD)-$*/report.* 2>/dev/null

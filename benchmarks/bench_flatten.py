@@ -45,14 +45,16 @@ def measure(quick: bool, large: bool) -> Findings:
     program = jax.jit(lambda: storax.set_state(index, jnp.array(0)))
     program()
     _measure(found, clock, "programs with state exist")
+    _measure(found, clock, "a program with all of these states exists", of_their_own=True)
     return found
 
 
-def _measure(found: Findings, clock: Clock, when: str) -> None:
+def _measure(found: Findings, clock: Clock, when: str, of_their_own: bool = False) -> None:
     values = [jnp.full((8,), i, jnp.float32) for i in range(LAYERS)]
     indices = [storax.StateIndex() for _ in values]
     for index, value in zip(indices, values, strict=True):
         storax.set_state(index, value)
+    program = _program_with_state(indices, values) if of_their_own else None
     live = _model(indices)
     models = {
         ARRAYS: _model(values),
@@ -71,8 +73,19 @@ def _measure(found: Findings, clock: Clock, when: str) -> None:
     storax.set_state(indices[0], values[1])
     _check(models["frozen"], [values[1], *values[1:]])
 
+    del program
     found.add_table(f"State as ..., {when}", samples, LABELS, ARRAYS)
     found.add_goal(f"flattening 100 frozen indices to arrays, {when}", 2, samples, "frozen", ARRAYS)
+
+
+def _program_with_state(indices: list[storax.StateIndex], values: list[jax.Array]) -> Any:
+    @jax.jit
+    def touch():
+        for index, value in zip(indices, values, strict=True):
+            storax.set_state(index, storax.get_state(index, like=value))
+
+    touch()
+    return touch
 
 
 def _model(states: list[Any]) -> list[Layer]:

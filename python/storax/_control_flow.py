@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from . import _jax, _unknown_jax
+from ._guard import guard
 from ._masked_custom import mask_custom_jvp, mask_custom_vjp
 from ._primitives import get_p, set_masked_p
 
@@ -211,14 +212,7 @@ def _batch_masked_cond(axis_data, args, dims, *, params):
     outs = []
     for branch, takes_it in zip(branches, takes, strict=True):
         lanes = takes_it if active is None else takes_it & active
-        # Differentiation must not see operands of lanes that don't come here (jax#1052). Operands
-        # keep their own batch axes, or lack of them: an unbatched `like` must stay unbatched.
-        here = [
-            x
-            if d is None or not jnp.issubdtype(x.dtype, jnp.inexact)
-            else _select(lanes, d, x, lax.stop_gradient(x))
-            for x, d in zip(operands, operand_dims, strict=True)
-        ]
+        here = guard(branch, operands, operand_dims, lanes)
         outs.append(_run_branch(axis_data, branch, lanes, here, operand_dims, other))
     results = list(outs[0])
     for k in range(1, len(branches)):

@@ -2,7 +2,7 @@
 storax's engine: slots, their types, and XLA FFI handlers. Not for direct use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 class Slot:
     """A share in the life of one slot."""
@@ -36,6 +36,11 @@ class Slot:
     @property
     def num_programs(self) -> int:
         """How many operations in compiled programs name the slot."""
+
+    def rests_at(self, version: int) -> bool:
+        """
+        Whether the state is of this version, no compiled program names the slot, and no failure is to be raised.
+        """
 
     def accepts(self, type: int) -> bool:
         """Whether an operation of this type would agree with the state."""
@@ -94,6 +99,11 @@ def usage() -> tuple[int, int, int]:
     """
 
 def num_programs() -> int: ...
+def passes_fence(dispatch: Callable) -> bool:
+    """
+    Whether a fence has run, on this thread, by the time that `dispatch()` has returned.
+    """
+
 def process_nonce() -> int: ...
 def handlers() -> dict: ...
 def share_type() -> dict: ...

@@ -271,14 +271,12 @@ class StateIndex:
         if self._held is None or self.inference is not True:
             return False
         leaves = self._leaves if self._rows is None else (self._row, *self._leaves)
-        for x in leaves:
-            if isinstance(x, _jax.Tracer) or not isinstance(x, jax.Array):
-                return False
-        return True
+        return all(isinstance(x, jax.Array) and not isinstance(x, _jax.Tracer) for x in leaves)
 
     def _look_up(self) -> None:
         """Brings the arrays that a frozen index carries up to date."""
-        if not self._is_looked_up():
+        held = self._held
+        if held is None or not self._is_looked_up():
             return
         core = self._slot.core
         if not core.type:
@@ -286,7 +284,7 @@ class StateIndex:
         if not core.type:
             return
         published = _published(self._slot)
-        if self._held.version != published.version:
+        if held.version != published.version:
             parts = type_parts(published.type)
             self._held = _Held(parts.structure.number, parts.levels, published.version)
             self._leaves = published.leaves

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from . import _control_flow, _jax, _lowering, _primitives, _refused, _unknown_jax
+from . import _control_flow, _guard, _jax, _lowering, _primitives, _refused, _unknown_jax
 
 __all__ = ["install"]
 
@@ -24,6 +24,7 @@ def install() -> None:
         ("vmap", _primitives.install_batching),
         ("grad", _primitives.install_differentiation),
         ("jit", _lowering.install),
+        ("vmap", _guard.install),
         ("vmap", _control_flow.install),
         ("jit", _refused.install),
     )

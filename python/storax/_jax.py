@@ -342,7 +342,8 @@ def zero_tangent(x: Any) -> Any:
 
 
 def define_lowering(primitive: Any, rule: Callable[..., Any], platform: str | None = None) -> None:
-    _mlir.register_lowering(primitive, rule, platform=platform)
+    # Hardly any two operations of a program are alike, and to cache a lowering costs as much again.
+    _mlir.register_lowering(primitive, rule, platform=platform, cacheable=False)
 
 
 def lower_inline(
@@ -626,12 +627,56 @@ def _keep_state_in_scan() -> None:
     _pe.custom_partial_eval_rules[remat_p] = remat_rule_with_state
 
 
+def _keep_state_in_while() -> None:
+    """JAX can save nothing from inside a while loop: to linearize one, it runs it again.
+
+    With state in it, a loop without tangents is run and its results are saved, as an operation's are.
+    """
+
+    def has_tangents() -> NotImplementedError:
+        return NotImplementedError(
+            "storax: a `while_loop` with state in it, through which a derivative goes, can't be "
+            "linearized, or differentiated in reverse mode: JAX would run it again. Use `jax.jvp` "
+            "or `jax.jacfwd`; or `jax.lax.scan`, or `fori_loop` with a fixed number of steps; or "
+            "`jax.lax.stop_gradient` on what goes into the loop."
+        )
+
+    while_p = lax.while_p
+    rule = _pe.custom_partial_eval_rules[while_p]
+
+    def rule_with_state(trace, *tracers, **params):
+        jaxprs = params["cond_jaxpr"], params["body_jaxpr"]
+        if not has_state(*jaxprs):
+            return rule(trace, *tracers, **params)
+        if getattr(_partial_eval, "hoisting", False):
+            known = [trace.instantiate_const(t) for t in tracers]
+            out_avals, effects = while_p.abstract_eval(*[t.aval for t in known], **params)
+            return _stage(trace, known, while_p, params, out_avals, effects)
+        if not all(t.is_known() for t in tracers):
+            raise has_tangents()
+        return trace.default_process_primitive(while_p, tracers, params)
+
+    _pe.custom_partial_eval_rules[while_p] = rule_with_state
+
+    rule_in_remat = _pe.partial_eval_jaxpr_custom_rules[while_p]
+
+    def rule_in_remat_with_state(saveable, unknown_in, instantiate_in, eqn):
+        if not has_state(eqn):
+            return rule_in_remat(saveable, unknown_in, instantiate_in, eqn)
+        if any(unknown_in):
+            raise has_tangents()
+        return _known_and_saved(saveable, unknown_in, instantiate_in, eqn)
+
+    _pe.partial_eval_jaxpr_custom_rules[while_p] = rule_in_remat_with_state
+
+
+def _known_and_saved(saveable, unknown_in, instantiate_in, eqn):
+    n = len(eqn.outvars)
+    return eqn, None, [False] * n, [False] * n, []
+
+
 def define_partial_eval(primitive: Any) -> None:
     """Under grad and remat an operation on state runs once, in the forward pass; its results are saved."""
-
-    def known_and_saved(saveable, unknown_in, instantiate_in, eqn):
-        n = len(eqn.outvars)
-        return eqn, None, [False] * n, [False] * n, []
 
     def staged_in_hoisting(trace, *tracers, **params):
         if not getattr(_partial_eval, "hoisting", False):
@@ -640,7 +685,7 @@ def define_partial_eval(primitive: Any) -> None:
         out_avals, effects = primitive.abstract_eval(*[t.aval for t in known], **params)
         return _stage(trace, known, primitive, params, out_avals, effects)
 
-    _pe.partial_eval_jaxpr_custom_rules[primitive] = known_and_saved
+    _pe.partial_eval_jaxpr_custom_rules[primitive] = _known_and_saved
     _pe.custom_partial_eval_rules[primitive] = staged_in_hoisting
 
 
@@ -715,6 +760,7 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("jit", _register_effect),
     ("jit", _keep_token_in_module),
     ("grad", _keep_state_in_scan),
+    ("grad", _keep_state_in_while),
     ("jit", _delay_fast_path),
     ("jit", _keep_calls),
 )
@@ -763,26 +809,17 @@ def debugs_values() -> bool:
 # --- Running things now ---------------------------------------------------------------------------
 
 
-@functools.cache
-def _noop(device: Any) -> Callable[[], None]:
-    with eval_now():
-        x = jax.device_put(jnp.zeros(()), device)
-        run = jax.jit(lambda x: x + 1)
-        run(x).block_until_ready()
-    return lambda: run(x).block_until_ready()
-
-
 FENCE = "storax.fence"
 
 
 @functools.cache
-def _fence(device: Any) -> Callable[[], Any]:
+def _fence(ordinal: int) -> Callable[[], Any]:
     """Dispatches a program that does nothing but to note that it runs."""
 
     def fence():
         jax.ffi.ffi_call(FENCE, (), has_side_effect=True)()
 
-    with eval_now(), jax.default_device(device):
+    with eval_now(), jax.default_device(local_device(ordinal)):
         compiled = jax.jit(fence).lower().compile()
     try:
         # What is behind a compiled function: no Python, and no matter what is being traced.
@@ -791,17 +828,26 @@ def _fence(device: Any) -> Callable[[], Any]:
         return lambda: None  # a JAX that has moved it: no fence is ever passed
 
 
-def wait_for_this_thread(device: Any) -> None:
-    """Waits for the programs that this thread has dispatched to the device.
+@functools.cache
+def _noop(ordinal: int) -> Callable[[], None]:
+    with eval_now():
+        x = jax.device_put(jnp.zeros(()), local_device(ordinal))
+        run = jax.jit(lambda x: x + 1)
+        run(x).block_until_ready()
+    return lambda: run(x).block_until_ready()
+
+
+def wait_for_this_thread(ordinal: int) -> None:
+    """Waits for the programs that this thread has dispatched to the device of that ordinal.
 
     A thread's programs on a device run in order, so a program that does nothing ends after them.
     XLA runs a small one at once, within its dispatch, unless there is something to wait for: if the
     fence has run on this very thread, nothing is left that was dispatched before it.
     """
-    if passes_fence(_fence(device)):
+    if passes_fence(_fence(ordinal)):
         return
     with eval_now():
-        _noop(device)()
+        _noop(ordinal)()
 
 
 def local_device(ordinal: int, platform: str = "cpu") -> Any:

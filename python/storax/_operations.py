@@ -86,10 +86,11 @@ def get_state(index: StateIndex, like: T) -> T:
     - `RuntimeError`, when the operation runs, if `like` differs from the state in structure, shape,
       dtype or batch axes, or if nothing has been saved yet.
     """
-    if type(like) is _jax.Array and type(index) is StateIndex and index.inference is False:
+    x: Any = like
+    if type(x) is _jax.Array and type(index) is StateIndex and index.inference is False:
         # The same eager get of one array as last time.
-        quick = index._slot.quick
-        if quick is not None and _jax.no_trace() and jax.typeof(like) == quick[0]:
+        quick = index._slot.quick_get
+        if quick is not None and x.aval == quick[0] and _jax.no_trace():
             return _store.run_get(index._slot.core, quick[1])[0]
     _check_index(index, "get_state")
     slot = index._slot
@@ -107,8 +108,8 @@ def get_state(index: StateIndex, like: T) -> T:
         out = _get_frozen(index, leaves, structure)
     elif _jax.no_trace() and index._rows is None:
         out = _get_now(slot, leaves, structure)
-        if leaves and like is leaves[0] and type(like) is _jax.Array and slot.plan is not None:
-            slot.quick = (jax.typeof(like), slot.plan[1])
+        if leaves and x is leaves[0] and type(x) is _jax.Array and slot.plan is not None:
+            slot.quick_get = x.aval, slot.plan[1]
     else:
         row, params = _parameters(index, structure, "get_state")
         out = get_p.bind(*row, *leaves, **params)
@@ -212,6 +213,14 @@ def set_state(index: StateIndex, state: Any) -> None:
     - `NotImplementedError`, at trace time, if `state` depends on what is being differentiated. Use
       `jax.lax.stop_gradient`.
     """
+    if type(state) is _jax.Array and type(index) is StateIndex and index.inference is False:
+        # The same eager set of one array as last time.
+        quick = index._slot.quick_set
+        if quick is not None and state.aval == quick[0] and _jax.no_trace():
+            _, sharding, type_id, ordinal = quick
+            if state.sharding is sharding and index._rows is None:
+                _store.run_set(index._slot.core, type_id, ordinal, [state])
+                return
     _check_index(index, "set_state")
     slot = index._slot
     if index.inference:
@@ -221,7 +230,9 @@ def set_state(index: StateIndex, state: Any) -> None:
         )
     leaves, _, structure = _flatten_arrays(state, "state", "set_state", slot)
     if _jax.no_trace() and index._rows is None:
-        _store.set(slot.core, structure, leaves, (), ())
+        type_id, ordinal = _store.set(slot.core, structure, leaves, (), ())
+        if ordinal >= 0 and leaves and state is leaves[0] and type(state) is _jax.Array:
+            slot.quick_set = state.aval, state.sharding, type_id, ordinal
         return
     row, params = _parameters(index, structure, "set_state")
     set_p.bind(*row, *leaves, **params)

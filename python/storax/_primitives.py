@@ -191,11 +191,11 @@ def _(*args, **params):
 
 @set_masked_p.def_impl
 def _(mask, *args, mask_axes, **params):
-    mask, *args = arrays([mask, *args])
-    _, state = split_row(args, params["rows"])
+    mask, *given = arrays([mask, *args])
+    _, state = split_row(given, params["rows"])
     kinds = structure_at(params["structure"]).kinds
     dims = [k.dims(x.shape) for k, x in zip(kinds, state, strict=True)]
-    return _set_now(args, leaf_masks(mask, mask_axes, params["levels"], dims), **params)
+    return _set_now(given, leaf_masks(mask, mask_axes, params["levels"], dims), **params)
 
 
 def check_frozen(held, like, structure, levels, held_levels, name):
@@ -214,10 +214,10 @@ def check_frozen(held, like, structure, levels, held_levels, name):
 
 @frozen_p.def_impl
 def _(*held_and_like, **params):
-    held_and_like = arrays(held_and_like)
     n = len(held_and_like) // 2
-    check_frozen(held_and_like[:n], held_and_like[n:], **params)
-    return held_and_like[:n]
+    held, like = arrays(held_and_like[:n]), arrays(held_and_like[n:])
+    check_frozen(held, like, **params)
+    return held
 
 
 # --- vmap -----------------------------------------------------------------------------------------

@@ -17,14 +17,16 @@ __all__ = ["Slot", "Structure", "structure_of"]
 class Slot:
     """One slot of the store, as shared by all copies of an index."""
 
-    __slots__ = ("__weakref__", "core", "id", "plan", "published", "quick")
+    __slots__ = ("__weakref__", "core", "id", "plan", "published", "quick_get", "quick_set")
 
     def __init__(self, name: str):
         self.core = _core.create_slot(name)
         self.id: int = self.core.id
         self.published: Published | None = None
         self.plan: tuple[Any, Any] | None = None  # how the last eager get was done
-        self.quick: tuple[Any, Any] | None = None  # the same, if it was of one array
+        # What the last eager get and set were done with, if they were of one array each.
+        self.quick_get: tuple[Any, Any] | None = None  # abstract value, plan
+        self.quick_set: tuple[Any, Any, int, int] | None = None  # and sharding, type, device
 
     def __deepcopy__(self, memo: dict) -> "Slot":
         from ._snapshot import copy_slot

@@ -397,4 +397,4 @@ def _is_usable(x: Any) -> bool:
 def _write_back(slot: Any, type_id: int, leaves: Sequence[Any]) -> None:
     device = _jax.local_device(slot.device)
     here = [jax.device_put(x, device) for x in leaves]
-    _store.set_stored(slot, type_id, here)
+    _store.run_set(slot, type_id, slot.device, here)

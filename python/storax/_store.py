@@ -137,16 +137,16 @@ def is_current(slot: Any, version: int) -> bool:
 def _wait_for_programs(slot: Any) -> None:
     ordinal = slot.device
     if ordinal >= 0:
-        _jax.wait_for_this_thread(_jax.local_device(ordinal))
+        _jax.wait_for_this_thread(ordinal)
     else:  # on several devices, or to be set first by a program that may be on any
         _wait_for_devices()
-    if slot.id in mesh_slots:
+    if mesh_slots and slot.id in mesh_slots:
         _wait_for_meshes()
 
 
 def _wait_for_devices() -> None:
     for device in jax.local_devices(backend="cpu"):
-        _jax.wait_for_this_thread(device)
+        _jax.wait_for_this_thread(_jax.device_ordinal(device))
 
 
 def _wait_for_meshes() -> None:
@@ -238,12 +238,12 @@ def run_get(slot: Any, plan: Plan) -> list[Any]:
     if buffers is None:
         lent = _loans.read(slot, plan.type_id)
         return run_get(slot, plan) if lent is None else lent
-    return [
-        _jax.array_from_host(
-            np.ndarray(shape, dtype, buffer), aval, sharding, plan.device, plan.committed
-        )
-        for buffer, (dtype, shape, aval, sharding) in zip(buffers, plan.leaves, strict=True)
-    ]
+    device, committed = plan.device, plan.committed
+    leaves = []
+    for buffer, (dtype, shape, aval, sharding) in zip(buffers, plan.leaves, strict=True):
+        x = np.ndarray(shape, dtype, buffer)
+        leaves.append(_jax.array_from_host(x, aval, sharding, device, committed))
+    return leaves
 
 
 def get(slot: Any, structure: Any, like: Sequence[Any], levels: tuple, mesh: tuple) -> list[Any]:
@@ -303,8 +303,11 @@ def set(
     levels: tuple,
     mesh: tuple,
     masks: Sequence[Any] | None = None,
-) -> None:
-    """Copies arrays into the store, those elements where the masks, if given, are true."""
+) -> tuple[int, int]:
+    """Copies arrays into the store, those elements where the masks, if given, are true.
+
+    Returns the type's number, and the device's ordinal; -1 if they are spread over several.
+    """
     if not all(isinstance(x, _jax.Array) for x in state):
         # Under an eager vmap a NumPy argument gets here as it is.
         with _jax.eval_now():
@@ -313,22 +316,24 @@ def set(
     device = _device_of(state, "set_state", slot)
     if device is None:
         _loans.set_spread(slot, type_id, state)
-        return
-    settle(slot)
+        return type_id, -1
     ordinal = _jax.device_ordinal(device)
+    run_set(slot, type_id, ordinal, state, masks)
+    return type_id, ordinal
+
+
+def run_set(
+    slot: Any, type_id: int, ordinal: int, state: Sequence[Any], masks: Sequence[Any] | None = None
+) -> None:
+    """The same, of arrays as the store keeps them."""
+    settle(slot)
     addresses = [_address(x) for x in state]
     if masks is None:
         done = slot.set(type_id, ordinal, addresses)
     else:
         done = slot.set_masked(type_id, ordinal, [_address(m) for m in masks], addresses)
     if not done and not _loans.write(slot, type_id, state, masks):
-        set(slot, structure, state, levels, mesh, masks)  # it was lent a moment ago
-
-
-def set_stored(slot: Any, type_id: int, leaves: Sequence[Any]) -> None:
-    """Copies arrays of the slot's own type, on its device, into the store."""
-    settle(slot)
-    slot.set(type_id, slot.device, [_address(x) for x in leaves])
+        run_set(slot, type_id, ordinal, state, masks)  # it was lent a moment ago
 
 
 def _address(x: Any) -> int:

@@ -190,3 +190,41 @@ def test_scalars_made_under_checkpoint(value, jit):
     xs = jnp.arange(2, dtype=jnp.float32)
     assert jit(jax.vmap(jax.grad(f)))(xs).tolist() == [value * value] * 2
     assert storax.get_state(index, jnp.array(value)) == value
+
+
+def _loop(f, carried):
+    """A while loop that runs `f` twice, on its carry or beside it."""
+
+    def step(c):
+        k, x = c
+        return k + 1, f(x) if carried else (f(jnp.float32(1)), x)[1]
+
+    return lambda x: lax.while_loop(lambda c: c[0] < 2, step, (0, x))[1]
+
+
+LOOPS = {
+    "plain": lambda loop: loop,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": lambda loop: lambda x: lax.scan(lambda c, _: (loop(c), None), x, None, length=1)[0],
+    "scan of checkpoint": lambda loop: LOOPS["scan"](jax.checkpoint(loop)),
+    "cond": lambda loop: lambda x: lax.cond(x > 0, loop, lambda x: x, x),
+}
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_while_loop_is_not_run_again(name, jit):
+    index = _counter(3)
+    count = lambda x: _bump(index, x)
+    carried, beside = (LOOPS[name](_loop(count, c)) for c in (True, False))
+    got = jit(lambda x: jax.jvp(carried, (x,), (jnp.float32(1),)))(jnp.float32(1))
+    assert got == (12, 12) and _ran(index)[1] == 3
+    linearized = lambda x: jax.linearize(carried, x)[1](x)
+    for derivative in (linearized, jax.grad(carried)):
+        with pytest.raises(NotImplementedError, match=r"while_loop.*Use `jax.jvp`"):
+            jit(derivative)(jnp.float32(1))
+    # Where no derivative goes through the loop, there is nothing to run again.
+    stopped = lambda x: x * beside(lax.stop_gradient(x))
+    assert jit(jax.grad(stopped))(jnp.float32(5)) == 5
+    assert _ran(index)[1] == 5

@@ -351,6 +351,42 @@ def test_an_unbatched_like_stays_unbatched():
     np.testing.assert_array_equal(got, [5, 0])
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_state_of_some_levels_keeps_them(jit):
+    """The predicate is of both vmaps, the state of the inner one: batched by the other it would not fit."""
+    index, lanes = storax.StateIndex(), jnp.arange(3.0)
+    jax.vmap(lambda y: storax.set_state(index, y))(lanes)
+
+    def bump(y):
+        s = storax.get_state(index, 0 * y)
+        storax.set_state(index, s + 1 + 0 * y)
+        return s
+
+    def program(x, y):
+        return lax.cond(x * y > 2, bump, lambda y: y, y)
+
+    out = jit(jax.vmap(jax.vmap(program, (None, 0)), (0, None)))(jnp.array([1.0, 2.0]), lanes)
+    np.testing.assert_array_equal(out, [[0, 1, 2], [0, 1, 2]])
+    state = jax.vmap(lambda y: storax.get_state(index, y))(lanes)
+    np.testing.assert_array_equal(state, [0, 1, 3])
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_derivatives_do_not_see_lanes_that_take_another_branch(jit):
+    """Their square roots have no derivative at zero (jax#1052)."""
+    index, lanes = storax.StateIndex(), jnp.array([0.0, 4.0])
+    jax.vmap(lambda x: storax.set_state(index, x + 1))(lanes)
+
+    def root(x):
+        s = storax.get_state(index, 0 * x)
+        storax.set_state(index, s + 0 * lax.stop_gradient(x))
+        return s * jnp.sqrt(x)
+
+    program = lambda x: lax.cond(x > 0, root, lambda x: x, x)
+    got = jit(jax.grad(lambda x: jax.vmap(program)(x).sum()))(lanes)
+    np.testing.assert_array_equal(got, [1, 5 / 4])
+
+
 def test_a_branch_that_no_lane_takes_does_nothing():
     unset = storax.StateIndex(name="unset")
     f = lambda x: lax.cond(x > 9, lambda x: storax.get_state(unset, x), lambda x: x, x)

@@ -204,8 +204,11 @@ def test_what_is_in_flight_is_waited_for(first, device, held, read):
         index = storax.StateIndex()
         if not first:
             storax.set_state(index, jax.device_put(jnp.float32(-1), device))
-        program = jax.jit(lambda m: storax.set_state(index, k + heavy(m)[0, 0] * 0))
-        program = program.lower(m).compile()
+
+        def set_late(m, index=index, k=k):
+            storax.set_state(index, k + heavy(m)[0, 0] * 0)
+
+        program = jax.jit(set_late).lower(m).compile()
         version = index._slot.core.version
         program(m)
         if not held:

@@ -367,7 +367,7 @@ def test_without_jit_no_loop_starts_again(f):
         assert f.runs(3, loop, jnp.float32(0)) == 2
         count = lambda n: lax.fori_loop(0, n, lambda _, x: f(x), ONE)
         np.testing.assert_array_equal(f.runs(2, jax.vmap(count), jnp.arange(3)), [1, 6, 6 * 7])
-        with pytest.raises(NotImplementedError, match="Run it without `jax.disable_jit`"):
+        with pytest.raises(NotImplementedError, match=r"Run it without `jax.disable_jit`"):
             jax.vmap(loop)(LANES)
 
 

@@ -182,80 +182,92 @@ class BatchNorm(eqx.Module):
           `axis_name` does not name.
         """
         del key
-        self._check(x)
+        _check(self, x)
         inference = in_inference(self, inference)
         dtype = jnp.promote_types(jnp.promote_types(x.dtype, self.dtype), jnp.float32)
         out_dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else self.dtype
-        x = x.astype(dtype)
-        mean, var = self._running(dtype) if inference else self._train(x)
-
-        def along_channels(a):
-            return lax.expand_dims(a.astype(dtype), range(1, x.ndim))
+        x = _cast(x, dtype)
+        mean, var = _running(self, dtype) if inference else _train(self, x)
 
         # One multiplication per channel, and one per element.
         scale = lax.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.astype(dtype)
-        out = (x - along_channels(mean)) * along_channels(scale)
-        if self.bias is not None:
-            out = out + along_channels(self.bias)
-        return out.astype(out_dtype)
+        weight, bias, axes = self.weight, self.bias, tuple(range(1, x.ndim))
+        if weight is not None:
+            scale = scale * _cast(weight, dtype)
+        out = (x - _along_channels(mean, axes)) * _along_channels(scale, axes)
+        if bias is not None:
+            out = out + _along_channels(_cast(bias, dtype), axes)
+        return _cast(out, out_dtype)
 
-    def _check(self, x: jax.Array) -> None:
-        if x.ndim == 0 or x.shape[0] != self.input_size:
-            raise ValueError(
-                f"BatchNorm: `x` must be of shape (channels, ...) with {self.input_size} channels, "
-                f"but it is of shape {x.shape}. The layer takes one example: `jax.vmap(norm, "
-                f"axis_name={self.axis_name!r})` applies it to a batch."
-            )
-        if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            raise ValueError(f"BatchNorm: `x` must be real, but it is of dtype {x.dtype}.")
 
-    def _running(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        # Not made from `x`: the state is not batched, whatever `x` is.
-        like = jnp.zeros((self.input_size,), self.dtype)
-        mean, var = get_state(self.state_index, like=(like, like))
-        return mean.astype(dtype), var.astype(dtype)
+# Functions, as an access to a method of a module costs more than most operations that are traced.
 
-    def _train(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Updates the running statistics, and returns those to normalise by."""
-        batch = self._batch(x)
-        new = [
-            self.momentum * r + (1 - self.momentum) * b
-            for r, b in zip(self._running(x.dtype), batch, strict=True)
-        ]
-        if self.first_time_index is not None:
-            first_time = get_state(self.first_time_index, like=jnp.array(False))
-            first_time = jnp.broadcast_to(first_time, (self.input_size,))
-            new = [lax.select(first_time, b, n) for b, n in zip(batch, new, strict=True)]
-        # What is remembered is a record: no gradient reaches this step through later ones.
-        kept = tuple(lax.stop_gradient(n).astype(self.dtype) for n in new)
-        set_state(self.state_index, kept)
-        if self.first_time_index is not None:
-            # After the statistics: where these are refused, the first time is still to come.
-            set_state(self.first_time_index, jnp.array(False))
-        mean, var = new if self.mode == "ema" else batch
-        return mean, var
 
-    def _batch(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and variance, in two passes.
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    return x if x.dtype == dtype else x.astype(dtype)
 
-        E[x²] - E[x]² would need one, but cancels where the mean is large against the deviation,
-        even to less than zero.
-        """
-        axes = tuple(range(1, x.ndim))
-        mean = self._pmean(jnp.mean(x, axes))
-        centred = x - lax.expand_dims(mean, axes)
-        return mean, self._pmean(jnp.mean(centred * centred, axes))
 
-    def _pmean(self, x: jax.Array) -> jax.Array:
-        if self.axis_name is None or self.axis_name == ():
-            return x
-        try:
-            return lax.pmean(x, self.axis_name)
-        except NameError as e:
-            raise NameError(
-                f"BatchNorm: in training it takes statistics over the axis {self.axis_name!r}, but "
-                "there is no such axis around this call. Use `jax.vmap(..., axis_name="
-                f"{self.axis_name!r})`, or freeze the layer by `equinox.nn.inference_mode`."
-            ) from e
+def _along_channels(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return lax.expand_dims(x, axes) if axes else x
+
+
+def _check(norm: BatchNorm, x: jax.Array) -> None:
+    if x.ndim == 0 or x.shape[0] != norm.input_size:
+        raise ValueError(
+            f"BatchNorm: `x` must be of shape (channels, ...) with {norm.input_size} channels, "
+            f"but it is of shape {x.shape}. The layer takes one example: `jax.vmap(norm, "
+            f"axis_name={norm.axis_name!r})` applies it to a batch."
+        )
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"BatchNorm: `x` must be real, but it is of dtype {x.dtype}.")
+
+
+def _running(norm: BatchNorm, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    # Not made from `x`: the state is not batched, whatever `x` is.
+    like = lax.full((norm.input_size,), 0, norm.dtype)
+    mean, var = get_state(norm.state_index, like=(like, like))
+    return _cast(mean, dtype), _cast(var, dtype)
+
+
+def _train(norm: BatchNorm, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Updates the running statistics, and returns those to normalise by."""
+    batch = _statistics(x, norm.axis_name)
+    old, momentum, first_time_index = _running(norm, x.dtype), norm.momentum, norm.first_time_index
+    new = [momentum * r + (1 - momentum) * b for r, b in zip(old, batch, strict=True)]
+    if first_time_index is not None:
+        first_time = get_state(first_time_index, like=jnp.array(False))
+        first_time = jnp.broadcast_to(first_time, (norm.input_size,))
+        new = [lax.select(first_time, b, n) for b, n in zip(batch, new, strict=True)]
+    # What is remembered is a record: no gradient reaches this step through later ones.
+    kept = tuple(_cast(lax.stop_gradient(n), norm.dtype) for n in new)
+    set_state(norm.state_index, kept)
+    if first_time_index is not None:
+        # After the statistics: where these are refused, the first time is still to come.
+        set_state(first_time_index, jnp.array(False))
+    mean, var = new if norm.mode == "ema" else batch
+    return mean, var
+
+
+def _statistics(x: jax.Array, axis_name: Any) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance, in two passes.
+
+    E[x²] - E[x]² would need one, but cancels where the mean is large against the deviation,
+    even to less than zero.
+    """
+    axes = tuple(range(1, x.ndim))
+    mean = _pmean(jnp.mean(x, axes), axis_name)
+    centred = x - _along_channels(mean, axes)
+    return mean, _pmean(jnp.mean(centred * centred, axes), axis_name)
+
+
+def _pmean(x: jax.Array, axis_name: Any) -> jax.Array:
+    if axis_name is None or axis_name == ():
+        return x
+    try:
+        return lax.pmean(x, axis_name)
+    except NameError as e:
+        raise NameError(
+            f"BatchNorm: in training it takes statistics over the axis {axis_name!r}, but "
+            "there is no such axis around this call. Use `jax.vmap(..., axis_name="
+            f"{axis_name!r})`, or freeze the layer by `equinox.nn.inference_mode`."
+        ) from e

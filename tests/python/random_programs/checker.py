@@ -53,11 +53,11 @@ WAYS = {
 if hasattr(storax, "jit"):  # which loads and stores state when it likes
     WAYS["storax.jit"] = Way(lambda f, options: storax.jit(f), counts=False)
     WAYS["storax.jit, pure"] = Way(lambda f, options: storax.jit(f, pack=False), counts=False)
-# What JAX itself refuses.
+# What is refused, by JAX or by storax.
 REFUSED = {
     "disable_jit": (
         "zero-length scan is not supported in disable_jit",
-        "depends on whether lanes part company, which `jax.disable_jit`",
+        "With `jax.disable_jit` JAX would start the loop again",
     )
 }
 

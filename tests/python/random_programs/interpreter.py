@@ -118,9 +118,11 @@ class Context:
     def where(self, mask):
         return dataclasses.replace(self, mask=self.mask & mask)
 
-    def other_axes(self, slot):
+    def other_axes(self, slot: Slot):
         """Lanes that share the slot's state."""
-        own = {k for s, k in self.bound if s == slot}
+        own = {k for s, k in self.bound if s == slot.name}
+        if len(own) != len(slot.levels):
+            raise AssertionError(f"{slot.name} is used outside of a vmap that it has a part for")
         return tuple(k for k in range(len(self.lanes)) if k not in own)
 
 
@@ -195,12 +197,13 @@ class Interpreter:
     def do_get(self, s: Get, env, ctx):
         state = self.states[s.slot]
         state.gets += 1
-        value = np.expand_dims(state.value, ctx.other_axes(s.slot))
+        value = np.expand_dims(state.value, ctx.other_axes(state.slot))
         shape = ctx.lanes + (WIDTH,) * state.slot.vector
         return {**env, s.name: Number({VALUE: np.broadcast_to(value, shape)})}
 
     def do_set(self, s: Set, env, ctx):
-        state, shared = self.states[s.slot], ctx.other_axes(s.slot)
+        state = self.states[s.slot]
+        shared = ctx.other_axes(state.slot)
         state.sets += 1
         value = self.fit(self.expr(s.value, env, ctx), state.slot.vector, ctx).value
         one = value

@@ -317,12 +317,10 @@ class Program:
     inputs: tuple[int, ...]  # x is a scalar, y a vector
     body: Block
 
-    def __str__(self):
+    def __str__(self):  # its repr is Python
         x, *y = self.inputs
         head = [*map(str, self.slots), f"def program(x={x}, y={y}):"]
         return "\n".join([*head, _indent(self.body)])
-
-    __repr__ = __str__
 
 
 def used_names(node) -> frozenset[str]:

@@ -1,0 +1,551 @@
+"""The mutants that tools/mutants.py makes of storax."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str  # in python/storax
+    old: str
+    new: str
+    tests: str  # those to run first: files of tests/python, without test_ and .py, and options
+    since: tuple[int, int] = (0, 10)  # the JAX version that needs what is taken out
+
+
+def _without(name, file, line, tests, since=(0, 10)):
+    return Mutant(f"without {name}", file, line, "", tests, since)
+
+
+def _never(name, file, condition, tests, also=""):
+    """A condition that is never met."""
+    keyword = condition.split()[0]
+    return Mutant(f"never {name}", file, condition + also, f"{keyword} False:" + also, tests)
+
+
+MUTANTS = [
+    # --- What storax changes in JAX ---
+    _without("token in the module", "_jax.py", '    ("jit", _keep_token_in_module),\n', "failures"),
+    _without("state kept in scan", "_jax.py", '    ("grad", _keep_state_in_scan),\n', "grad"),
+    _without("state kept in while", "_jax.py", '    ("grad", _keep_state_in_while),\n', "grad"),
+    _without("delay of the fast path", "_jax.py", '    ("jit", _delay_fast_path),\n', "failures"),
+    _without("calls kept", "_jax.py", '    ("jit", _keep_calls),\n', "control_flow", (0, 11)),
+    Mutant(
+        "the token is the executable's",
+        "_jax.py",
+        "view.ordered_effects = _WithoutState(_effects.ordered_effects)",
+        "view.ordered_effects = _effects.ordered_effects",
+        "failures",
+    ),
+    _never("keeps state from leaving a scan", "_jax.py", "if has_state(jaxpr_known):", "grad"),
+    Mutant(
+        "remat's partial evaluation of a scan moves state",
+        "_jax.py",
+        "        with _hoisting_out_of_scan():",
+        "        with contextlib.nullcontext():",
+        "grad nesting",
+    ),
+    _never(
+        "keeps remat in a scan",
+        "_jax.py",
+        'if getattr(_partial_eval, "hoisting", False) and has_state(jaxpr):',
+        "grad nesting",
+    ),
+    Mutant(
+        "an operation moves out of a scan",
+        "_jax.py",
+        'if not getattr(_partial_eval, "hoisting", False):',
+        "if True:",
+        "grad nesting",
+    ),
+    _never(
+        "keeps while in a scan",
+        "_jax.py",
+        'if getattr(_partial_eval, "hoisting", False):',
+        "grad",
+        "\n            known = [trace.instantiate_const(t) for t in tracers]\n"
+        "            out_avals, effects = while_p",
+    ),
+    _never(
+        "refuses to linearize while",
+        "_jax.py",
+        "if not all(t.is_known() for t in tracers):",
+        "grad",
+    ),
+    _never("refuses to linearize while in remat", "_jax.py", "if any(unknown_in):", "grad"),
+    _without(
+        "an operation saved by remat",
+        "_jax.py",
+        "    _pe.partial_eval_jaxpr_custom_rules[primitive] = _known_and_saved\n",
+        "grad",
+    ),
+    Mutant(
+        "axes that JAX moved are like others",
+        "_jax.py",
+        "    if isinstance(axis_data, cls):\n        return axis_data",
+        "    if True:\n        return axis_data",
+        "vmap",
+    ),
+    Mutant(
+        "a state per device is one",
+        "_jax.py",
+        "    if mesh.empty:\n        return ()",
+        "    if True:\n        return ()",
+        "devices",
+    ),
+    Mutant(
+        "a get under shard_map does not vary",
+        "_jax.py",
+        "    if not names or not _config._check_vma.value:",
+        "    if True:",
+        "devices",
+    ),
+    _without(
+        "forgetting failed tokens",
+        "_jax.py",
+        "    tokens.current_tokens.pop(MESH_STATE, None)\n    tokens.output_runtime_tokens.clear()\n",
+        "devices",
+    ),
+    Mutant(
+        "a failure that JAX has raised is not noted", "_jax.py", "told(args[0])", "pass", "failures"
+    ),
+    # --- The primitives ---
+    *[
+        _without(f"batching of {p}", "_primitives.py", f"    _jax.define_batching({line}\n", tests)
+        for p, line, tests in [
+            ("get", "get_p, _batch_get)", "vmap"),
+            ("set", "set_p, _batch_set)", "vmap"),
+            ("masked set", "set_masked_p, _batch_set_masked)", "masked"),
+            ("frozen get", "frozen_p, _batch_frozen)", "index"),
+        ]
+    ],
+    *[
+        _without(f"derivative of {p}", "_primitives.py", f"    _jax.define_jvp({line}\n", tests)
+        for p, line, tests in [
+            ("get", "get_p, _jvp_of_get(get_p))", "grad"),
+            ("frozen get", "frozen_p, _jvp_of_get(frozen_p))", "index"),
+            ("set", "set_p, _jvp_of_set(set_p))", "grad"),
+            ("masked set", "set_masked_p, _jvp_of_set(set_masked_p))", "masked nesting"),
+        ]
+    ],
+    Mutant(
+        "a masked set is run again by remat",
+        "_primitives.py",
+        "for primitive in (get_p, set_p, set_masked_p):",
+        "for primitive in (get_p, set_p):",
+        "masked nesting",
+    ),
+    _never(
+        "drops a level that nothing is batched at",
+        "_primitives.py",
+        "if all(d is None for d in dims):",
+        "vmap",
+    ),
+    Mutant(
+        "a shared state is written if the first lane takes the branch",
+        "_primitives.py",
+        "mask = lax.reduce_or(mask, (mask_dim,))",
+        "mask = lax.index_in_dim(mask, 0, mask_dim, False)",
+        "masked",
+    ),
+    Mutant(
+        "a leaf without a level is written if the first lane is active",
+        "_primitives.py",
+        "mask = lax.reduce_or(mask, tuple(reduced))",
+        "mask = mask[tuple(0 if k in reduced else slice(None) for k in range(mask.ndim))]",
+        "masked",
+    ),
+    Mutant(
+        "inner axes stay where they were",
+        "_primitives.py",
+        "positions = [p if p is None or p < axis else p + 1 for p in positions]",
+        "pass",
+        "masked",
+    ),
+    Mutant(
+        "a tangent may reach the state",
+        "_primitives.py",
+        "        if any(type(t) is not _jax.Zero and t.dtype != jax.dtypes.float0 for t in tangents):",
+        "        if False:",
+        "grad",
+    ),
+    Mutant(
+        "integers have tangents",
+        "_primitives.py",
+        "type(t) is not _jax.Zero and t.dtype != jax.dtypes.float0 for t",
+        "type(t) is not _jax.Zero for t",
+        "grad",
+    ),
+    _never("compares a frozen state with like", "_primitives.py", "if not agree:", "index"),
+    Mutant(
+        "effects over devices are not ordered",
+        "_primitives.py",
+        "return {_jax.MESH_STATE if mesh else _jax.STATE}",
+        "return {_jax.STATE}",
+        "devices",
+    ),
+    _never("refuses a vmap inside stacked layers", "_primitives.py", "if levels:", "stack"),
+    Mutant(
+        "a masked row is written in all lanes",
+        "_primitives.py",
+        "        row = jnp.where(lanes, row, rows)  # out of bounds: dropped",
+        "        pass",
+        "stack",
+    ),
+    Mutant(
+        "an unknown JAX is trusted with grad",
+        "_primitives.py",
+        '            _unknown_jax.require("grad")',
+        "            pass",
+        "unknown_jax",
+    ),
+    # --- Lowering ---
+    _never("refuses several devices", "_lowering.py", "if devices not in (None, 1):", "errors"),
+    _never("refuses partly manual meshes", "_lowering.py", "if auto_axes:", "devices -k partly"),
+    _never(
+        "refuses to export", "_lowering.py", "if _jax.is_export(ctx):", "takes_a_function -k export"
+    ),
+    Mutant(
+        "an unknown JAX is trusted with jit",
+        "_lowering.py",
+        '    _unknown_jax.require("jit")\n',
+        "",
+        "unknown_jax",
+    ),
+    _without(
+        "programs that keep slots alive",
+        "_lowering.py",
+        "    _jax.keep_alive(ctx, _store.Operation(slot, type_id))\n",
+        "lifetime",
+    ),
+    Mutant(
+        "programs of another process are taken for ours",
+        "_lowering.py",
+        "_core.process_nonce()",
+        "0",
+        "takes_a_function -k persistent",
+    ),
+    _never(
+        "gives every device a state that was set before",
+        "_lowering.py",
+        "if mesh and held and not type_parts(held).mesh:",
+        "devices",
+    ),
+    _never("notes the order of a mesh", "_lowering.py", "if order:", "devices"),
+    _without(
+        "check of a frozen state in a program",
+        "_lowering.py",
+        "    check_frozen(ctx.avals_in[:n], ctx.avals_in[n:], **params)\n",
+        "index",
+    ),
+    # --- Masks ---
+    *[
+        Mutant(
+            f"without the mask of {name}",
+            "_control_flow.py",
+            f'    "{name}": ',
+            f'    "no {name}": ',
+            tests,
+        )
+        for name, tests in {
+            "set_state": "masked",
+            "set_state_masked": "masked",
+            "scan": "masked",
+            "jit": "masked",
+            "checkpoint": "masked",
+            "remat2": "masked",
+            "custom_jvp_call": "masked",
+            "custom_vjp_call": "masked",
+            "closed_call": "takes_a_function masked",
+            "eval_jaxpr": "masked takes_a_function",
+            "cond": "masked",
+            "while": "masked",
+            "masked_cond": "masked",
+            "masked_while": "masked",
+        }.items()
+    ],
+    *[
+        Mutant(
+            f"without our batching of {name}",
+            "_control_flow.py",
+            f"    _jax.wrap_batching(lax.{name}_p, _wrap_{name})\n",
+            "",
+            tests,
+        )
+        for name, tests in {"scan": "vmap", "cond": "masked", "while": "masked"}.items()
+    ],
+    Mutant(
+        "a masked set is a set",
+        "_control_flow.py",
+        '    return set_masked_p.bind(mask, *ins, mask_axes=(None,) * len(params["levels"]), **params)',
+        "    return set_masked_p.bind(\n"
+        "        mask | True, *ins, mask_axes=(None,) * len(params['levels']), **params\n"
+        "    )",
+        "masked",
+    ),
+    Mutant(
+        "a mask in a mask replaces it",
+        "_control_flow.py",
+        "lax.bitwise_and(inner, jnp.broadcast_to(mask, inner.shape))",
+        "inner",
+        "masked takes_a_function",
+    ),
+    Mutant(
+        "a cond in a mask forgets the mask",
+        "_control_flow.py",
+        "lanes = takes_it if active is None else takes_it & active",
+        "lanes = takes_it",
+        "masked",
+    ),
+    Mutant(
+        "a branch runs that no lane takes",
+        "_control_flow.py",
+        "taken = lax.convert_element_type(_any_lane(lanes), np.int32)",
+        "taken = np.int32(1)",
+        "masked",
+    ),
+    Mutant(
+        "derivatives see every lane",
+        "_control_flow.py",
+        "here = guard(branch, operands, operand_dims, lanes)",
+        "here = operands",
+        "masked",
+    ),
+    Mutant(
+        "what a get depends on gets the mask's axes",
+        "_guard.py",
+        "return guard_p.bind(mask, x) if into_state else",
+        "return",
+        "masked random_programs -k some_levels",
+    ),
+    Mutant(
+        "derivatives of what a get depends on see every lane",
+        "_guard.py",
+        "t = lax.select(mask, t, lax.full_like(t, 0))",
+        "pass",
+        "masked",
+    ),
+    Mutant(
+        "a finished lane starts again",
+        "_control_flow.py",
+        "return [running & masked(cond, running, [*c, *merge(f, new)])[0], *new]",
+        "return [masked(cond, running, [*c, *merge(f, new)])[0], *new]",
+        "masked",
+    ),
+    Mutant(
+        "a loop in a mask forgets the mask",
+        "_control_flow.py",
+        "return [mask & masked(cond, mask, [*c, *merge(f, carry)])[0]]",
+        "return [masked(cond, mask, [*c, *merge(f, carry)])[0]]",
+        "masked",
+    ),
+    Mutant(
+        "a condition is not masked",
+        "_control_flow.py",
+        "return [running & masked(cond, running, [*c, *merge(f, new)])[0], *new]",
+        "return [running & _jax.call_jaxpr(cond, *c, *merge(f, new))[0], *new]",
+        "masked",
+    ),
+    Mutant(
+        "a finished lane's carry goes on",
+        "_control_flow.py",
+        "            lax.select(jnp.broadcast_to(running, x.shape), x, y)",
+        "            x",
+        "masked",
+    ),
+    Mutant(
+        "a fixed carry gets the mask's axes",
+        "_control_flow.py",
+        "fixed = [v is open_body.invars[n_body + k] for k, v in enumerate(open_body.outvars)]",
+        "fixed = [False for _ in open_body.outvars]",
+        "masked random_programs",
+    ),
+    _never(
+        "asks JAX for a loop in step",
+        "_control_flow.py",
+        "if mask is None:",
+        "masked",
+        "\n            return None  # JAX's own rule",
+    ),
+    Mutant(
+        "a loop in step forgets the mask",
+        "_control_flow.py",
+        "closed = _close(lambda m, *a: masked(jaxpr, m, a), avals)",
+        "closed = _close(lambda m, *a: _jax.call_jaxpr(jaxpr, *a), avals)",
+        "masked",
+    ),
+    Mutant(
+        "a cond in step forgets the mask",
+        "_control_flow.py",
+        "closed = [_close(lambda m, *a, b=b: masked(b, m, a), avals) for b in branches]",
+        "closed = [_close(lambda m, *a, b=b: _jax.call_jaxpr(b, *a), avals) for b in branches]",
+        "masked",
+    ),
+    Mutant(
+        "what can't be masked is not refused",
+        "_control_flow.py",
+        "    if rule is None:\n",
+        "    if rule is None:\n        return _jax.bind_equation(eqn, ins)\n",
+        "takes_a_function -k refused",
+    ),
+    Mutant(
+        "an unknown JAX is trusted with vmap of cond",
+        "_control_flow.py",
+        '        _unknown_jax.require("vmap of control flow")\n        if dims[0] is None',
+        "        if dims[0] is None",
+        "unknown_jax",
+    ),
+    Mutant(
+        "an unknown JAX is trusted with vmap of while",
+        "_control_flow.py",
+        '        _unknown_jax.require("vmap of control flow")\n        out = ',
+        "        out = ",
+        "unknown_jax",
+    ),
+    Mutant(
+        "rules of custom derivatives are not masked",
+        "_masked_custom.py",
+        "    closed = jax.make_jaxpr(f)(*args)\n    return masked(closed, mask, args)",
+        "    return f(*args)",
+        "masked",
+    ),
+    # --- Where JAX runs functions in other ways ---
+    _without(
+        "refusal of reductions",
+        "_refused.py",
+        "    _jax.wrap_reductions(_wrap_reduction)\n",
+        "takes_a_function -k reductions",
+    ),
+    _without(
+        "refusal to start a loop again",
+        "_refused.py",
+        "    _jax.wrap_while_loop(_wrap_while_loop)\n",
+        "takes_a_function -k starts_again",
+    ),
+    # --- Operations ---
+    _never("notices that it was forked", "_operations.py", "if _forked:", "fork"),
+    _never(
+        "asks for an index", "_operations.py", "if not isinstance(index, StateIndex):", "errors"
+    ),
+    _never(
+        "asks for a flag", "_operations.py", "if not isinstance(index.inference, bool):", "errors"
+    ),
+    _never(
+        "asks for arrays",
+        "_operations.py",
+        "if not isinstance(leaf, jax.Array):",
+        "errors",
+        "\n            _raise",
+    ),
+    _never(
+        "notices an escaped tracer",
+        "_operations.py",
+        "if _jax.no_trace():",
+        "errors",
+        "\n        _store.check",
+    ),
+    Mutant(
+        "a frozen index that was never set may be read",
+        "_operations.py",
+        "if (held is None and not slot.core.type) or held is NOTHING_HELD:",
+        "if False:",
+        "errors index",
+    ),
+    _never(
+        "forbids to set a frozen index",
+        "_operations.py",
+        "if index.inference:",
+        "errors",
+        "\n        raise",
+    ),
+    _never("compares a frozen structure", "_operations.py", "if kept is not structure:", "index"),
+    Mutant(
+        "a frozen state has a derivative",
+        "_operations.py",
+        "state = [jax.lax.stop_gradient(x) for x in index._leaves]",
+        "state = list(index._leaves)",
+        "index",
+    ),
+    Mutant(
+        "an eager get takes like for what it was last time",
+        "_operations.py",
+        "if quick is not None and _jax.no_trace() and jax.typeof(like) == quick[0]:",
+        "if quick is not None and _jax.no_trace():",
+        "errors",
+    ),
+    Mutant(
+        "an eager get is planned for good before it is known to be right",
+        "_operations.py",
+        "if slot.core.accepts(type_id):  # what it holds, and where, is then settled",
+        "if True:",
+        "devices errors threads",
+    ),
+    _never("refuses stacked layers in shard_map", "_operations.py", "if mesh:", "stack"),
+    _never(
+        "notices a row that is none",
+        "_operations.py",
+        "if not isinstance(row, jax.Array):",
+        "stack",
+    ),
+    # --- The store ---
+    _never("refuses arrays on several devices", "_store.py", "if len(devices) > 1:", "errors"),
+    _never(
+        "waits before an eager operation", "_store.py", "if _core.num_programs():", "order threads"
+    ),
+    _never(
+        "raises an earlier failure",
+        "_store.py",
+        "if _core.pending_failures():",
+        "failures",
+        "\n        raise_failures",
+    ),
+    _without(
+        "report at exit", "_store.py", "    atexit.register(_report_at_exit)\n", "failures -k exit"
+    ),
+    Mutant(
+        "an eager set may be of a NumPy array",
+        "_store.py",
+        "    if not all(isinstance(x, _jax.Array) for x in state):",
+        "    if False:",
+        "masked vmap",
+    ),
+    # --- Indices ---
+    Mutant(
+        "an index in a program's arguments is kept alive",
+        "_index.py",
+        "weak = caller is not None and caller.f_code is _FLATTEN_FOR_JIT",
+        "weak = False",
+        "lifetime",
+    ),
+    Mutant(
+        "a frozen state's version is part of the structure",
+        "_index.py",
+        "            and self.levels == other.levels\n        )",
+        "            and (self.levels, self.version) == (other.levels, other.version)\n        )",
+        "index",
+    ),
+    Mutant(
+        "flattening inside a trace looks the state up",
+        "_index.py",
+        "        if any(isinstance(x, _jax.Tracer) or not isinstance(x, jax.Array) for x in leaves):",
+        "        if False:",
+        "index",
+    ),
+    Mutant(
+        "an index is hashable",
+        "_index.py",
+        "    __hash__ = None  # type: ignore[assignment]",
+        "    __hash__ = object.__hash__",
+        "index",
+    ),
+    Mutant(
+        "a first set is not waited for",
+        "_index.py",
+        "            _store.barrier()  # a program may be about to set it",
+        "            pass",
+        "index copies",
+    ),
+    # --- Stacked layers ---
+    _never("refuses to stack inside a trace", "_stack.py", "if not _jax.no_trace():", "stack"),
+    _never("refuses to stack batched states", "_stack.py", "if outer:", "stack"),
+]

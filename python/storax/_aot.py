@@ -81,5 +81,5 @@ class Compiled(_Wrapper):
                 "returned, or compile it for these."
             )
         if self._placement is None:
-            return self._inner(*arrays)
+            return _core.restore(self._inner(*arrays))
         return self._specialised.run_compiled(self._inner, self._placement, arrays)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.tree_util as jtu
 import numpy as np
 
 from . import _core, _hoist, _jax, _loans, _packed, _store
@@ -22,24 +21,17 @@ from ._slot import type_parts
 __all__ = ["Specialised"]
 
 
-class Static:
-    """What a function returns besides arrays: a node without leaves, which JAX puts back."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any):
-        self.value = value
-
-
-jtu.register_pytree_node(Static, lambda s: ((), s.value), _core.unflatten_static)
-
-
 def is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
-def _wrap_statics(result: Any) -> Any:
-    return jax.tree.map(lambda x: x if is_array(x) else Static(x), result)
+def _as_arrays(result: Any) -> Any:
+    """A result that a compiled program can return; `_core.restore` is the way back."""
+    leaves, treedef = jax.tree.flatten(result)
+    if all(map(is_array, leaves)):
+        return result
+    template = _core.Template(treedef, [None if is_array(x) else x for x in leaves])
+    return {template: tuple(x for x in leaves if is_array(x))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +80,16 @@ class Specialised:
         self._traces: dict[Any, Trace] = {}
         self._compiled: dict[Placement, Any] = {}
         self._program: Any = None  # what the call path runs
-        self.plain = self._jit(self._returning_statics)
+        self._plain = self._jit(self._returning_arrays)
+
+    def plain(self, *arrays: Any) -> Any:
+        """The call as `jax.jit` does it, or a transformation that is at work around it."""
+        return _core.restore(self._plain(*arrays))
 
     # --- Tracing ---
 
-    def _returning_statics(self, *arrays: Any) -> Any:
-        return _wrap_statics(self._call(arrays))
+    def _returning_arrays(self, *arrays: Any) -> Any:
+        return _as_arrays(self._call(arrays))
 
     def _jit(self, f: Callable[..., Any], **changes: Any) -> Callable[..., Any]:
         def named(*args):
@@ -111,7 +107,7 @@ class Specialised:
 
         def flat(*arrays):
             nonlocal out_tree
-            leaves, out_tree = jax.tree.flatten(self._returning_statics(*arrays))
+            leaves, out_tree = jax.tree.flatten(self._returning_arrays(*arrays))
             return leaves
 
         jaxpr = jax.make_jaxpr(flat)(*arrays)
@@ -221,7 +217,7 @@ class Specialised:
         if now.stored:
             effects = tuple(e for e in jaxpr.effects if _jax.is_ordered(e) and not _jax.is_state(e))
             _packed.store(now.stored, others, state, effects)
-        result = _wrap_statics(jax.tree.unflatten(trace.out_tree, outs))
+        result = jax.tree.unflatten(trace.out_tree, outs)
         if not placement.returns_states:
             return result
         written = (*placement.donated, *placement.born)
@@ -305,7 +301,7 @@ class Specialised:
             )
         result = call(*states, *arrays)
         if not placement.returns_states:
-            return result, not borrowed
+            return _core.restore(result), not borrowed
         new, result = result
         settled = not borrowed and not placement.born
         types = dict(placement.types)
@@ -319,7 +315,7 @@ class Specialised:
             else:
                 _loans.lend_arrays(slot, types[slot_id], now)
                 settled = False
-        return result, settled
+        return _core.restore(result), settled
 
     # --- Ahead of time ---
 
@@ -329,7 +325,7 @@ class Specialised:
         """Where a program has its states, the function to be compiled, and states as shapes."""
         placement = self.place(trace.uses)
         if placement is None:
-            return None, self.plain, ()
+            return None, self._plain, ()
         if not placement.takes_states:
             return placement, self.compiled(placement), ()
         types, spread = dict(placement.types), self._spread_like(arrays)

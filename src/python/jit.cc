@@ -3,6 +3,7 @@
 // to the Python method `_call_cold`.
 #include "jit.h"
 
+#include "flatten.h"
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -46,6 +47,35 @@ bool is_extraordinary() {
     if (!now.is(ordinary[i + 1])) return true;
   }
   return false;
+}
+
+// A result with leaves that are not arrays. A compiled program returns `{template: arrays}` for it.
+class Template {
+ public:
+  // `leaves` has None in the place of each array.
+  Template(nb::object treedef, nb::list leaves)
+      : treedef_(std::move(treedef)), leaves_(std::move(leaves)) {}
+
+  nb::object fill(nb::handle arrays) const {
+    nb::list leaves;
+    std::size_t next = 0;
+    for (nb::handle leaf : leaves_) leaves.append(leaf.is_none() ? arrays[next++] : leaf);
+    return treedef_.attr("unflatten")(leaves);
+  }
+
+ private:
+  nb::object treedef_;
+  nb::list leaves_;
+};
+
+// What the user's function returned, of what the program did.
+nb::object restore(nb::object result) {
+  PyObject *key = nullptr, *arrays = nullptr;
+  Py_ssize_t at = 0;
+  if (!PyDict_CheckExact(result.ptr()) || PyDict_GET_SIZE(result.ptr()) != 1) return result;
+  PyDict_Next(result.ptr(), &at, &key, &arrays);
+  if (!nb::isinstance<Template>(key)) return result;
+  return nb::inst_ptr<Template>(key)->fill(arrays);
 }
 
 // --- Loans -----------------------------------------------------------------------------------------
@@ -136,7 +166,7 @@ class Program {
   // Null, without an error, if the program was not ready after all.
   PyObject* run(PyObject* const* arrays, std::size_t size) {
     if (slots_.empty()) {
-      return PyObject_Vectorcall(call_.ptr(), arrays, size, nullptr);
+      return restored(PyObject_Vectorcall(call_.ptr(), arrays, size, nullptr));
     }
     const LoanLock lock(slots_);
     if (!is_ready()) return nullptr;
@@ -146,7 +176,7 @@ class Program {
     args[1] = read.ptr();
     std::copy(arrays, arrays + size, args.begin() + 2);
     PyObject* result = PyObject_Vectorcall(call_.ptr(), args.data(), args.size(), nullptr);
-    return donated_.size() > 0 ? take_result(nb::steal(result)) : result;
+    return restored(donated_.size() > 0 ? take_result(nb::steal(result)) : result);
   }
 
   int traverse(visitproc visit, void* arg) {
@@ -172,6 +202,10 @@ class Program {
       PyTuple_SET_ITEM(states.ptr(), static_cast<Py_ssize_t>(i), leaves);
     }
     return states;
+  }
+
+  static PyObject* restored(PyObject* result) {
+    return result == nullptr ? nullptr : restore(nb::steal(result)).release().ptr();
   }
 
   PyObject* take_result(nb::object result) {
@@ -310,7 +344,11 @@ class Dispatcher {
     nb::object named = kwargs == nullptr ? nb::object(nb::dict()) : nb::borrow<nb::object>(kwargs);
     if (has_static_) take_static(&positional, &named, &whole);
     const nb::object tree = nb::make_tuple(positional, named);
-    nb::object flat = jax().flatten(tree);
+    nb::object flat;
+    {
+      const FlattensForJit here;
+      flat = jax().flatten(tree);
+    }
     Call found;
     found.leaves = nb::borrow(PyTuple_GET_ITEM(flat.ptr(), 0));
     found.treedef = nb::borrow(PyTuple_GET_ITEM(flat.ptr(), 1));
@@ -416,9 +454,6 @@ PyType_Slot program_slots[] = {
     {0, nullptr},
 };
 
-// A node without leaves, by which a compiled program returns what is not an array.
-nb::object unflatten_static(nb::object aux, nb::object) { return aux; }
-
 }  // namespace
 
 void bind_jit(nb::module_& m) {
@@ -478,7 +513,11 @@ void bind_jit(nb::module_& m) {
         jax() = {std::move(flatten), std::move(array), std::move(arrays), std::move(ordinary)};
       },
       "flatten"_a, "array"_a, "arrays"_a, "ordinary"_a);
-  m.def("unflatten_static", &unflatten_static, "aux"_a, "children"_a.none());
+  nb::class_<Template>(m, "Template", "A result with leaves that are not arrays.")
+      .def(nb::init<nb::object, nb::list>(), "treedef"_a, "leaves"_a);
+  m.def("restore", &restore, "result"_a.none(),
+        "What the user's function returned, if a program returned `result`: an array in the place of "
+        "each None of the template, if it is `{template: arrays}`.");
 }
 
 }  // namespace storax::python

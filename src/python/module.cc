@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../ffi/handlers.h"
+#include "flatten.h"
 #include "jit.h"
 #include "storax/storax.h"
 
@@ -355,5 +356,6 @@ NB_MODULE(_core, m) {
   m.def("process_nonce", &ffi::process_nonce);
   m.def("handlers", &handler_capsules);
   m.def("handler_types", &type_registrations);
+  python::bind_flatten(m);
   python::bind_jit(m);
 }

@@ -111,10 +111,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tree:
         tree = os.path.realpath(tree)
         copy_tree(tree)
-        for tests in dict.fromkeys(m.tests for m in mutants):
-            if failed := run_tests(tree, pytest_arguments(tests)):
-                raise SystemExit(f"{tests}: {failed}, without any mutant")
+        known_to_pass = set()
         for mutant in mutants:
+            if mutant.tests not in known_to_pass:
+                if failed := run_tests(tree, pytest_arguments(mutant.tests)):
+                    raise SystemExit(f"{mutant.tests}: {failed}, without any mutant")
+                known_to_pass.add(mutant.tests)
             results.append(run_mutant(tree, mutant))
             by = results[-1].noticed_by or "NOTHING"
             print(f"{mutant.name:<58} {by}", flush=True)

@@ -412,15 +412,22 @@ MUTANTS = [
     # --- Where JAX runs functions in other ways ---
     _without(
         "refusal of reductions",
-        "_refused.py",
-        "    _jax.wrap_reductions(_wrap_reduction)\n",
+        "_install.py",
+        '        ("reductions", _refused.install_reductions),\n',
         "takes_a_function -k reductions",
     ),
     _without(
         "refusal to start a loop again",
-        "_refused.py",
-        "    _jax.wrap_while_loop(_wrap_while_loop)\n",
+        "_install.py",
+        '        ("disable_jit", _refused.install_while_loop),\n',
         "takes_a_function -k starts_again",
+    ),
+    Mutant(
+        "an unknown JAX is trusted without jit",
+        "_refused.py",
+        '        _unknown_jax.require("disable_jit")',
+        "        pass",
+        "unknown_jax",
     ),
     # --- Operations ---
     _never("notices that it was forked", "_operations.py", "if _forked:", "fork"),

@@ -4,6 +4,9 @@ storax's engine: slots, their types, and XLA FFI handlers. Not for direct use.
 
 from collections.abc import Callable, Sequence
 
+class Bytes:
+    """Memory, as a buffer."""
+
 class Slot:
     """A share in the life of one slot."""
 

@@ -91,6 +91,22 @@ def _flattener() -> FrameType | None:
     return frame
 
 
+_TREE_FLATTEN = jtu.tree_flatten.__code__
+_WAITED = "devices that storax has waited for"
+
+
+def _waited() -> set[int] | None:
+    """The devices whose programs the flattening that is going on has waited for already.
+
+    All of a tree is looked up as it is when its flattening begins. `jax.tree_util.tree_flatten` does
+    that once in each call, and a call has a frame of its own, to which a name can be added.
+    """
+    frame = sys._getframe(2)
+    if frame.f_code is not _TREE_FLATTEN:
+        return None
+    return frame.f_locals.setdefault(_WAITED, set())
+
+
 def _flag_behind(leaf: Any) -> bool | None:
     if leaf is True or leaf is False:
         return None
@@ -162,6 +178,7 @@ class StateIndex:
             if caller.f_globals is _serialise.EQUINOX:
                 return _serialise.flatten(self, caller)
             weak = caller.f_code is _FLATTEN_FOR_JIT
+        waited = None
         if self._flat is not None:
             inference, held, leaves, slot, was_weak, flat = self._flat
             if (
@@ -170,10 +187,14 @@ class StateIndex:
                 and self._leaves is leaves
                 and self._slot is slot
                 and weak is was_weak
-                and (held is None or _store.is_current(slot.core, held.version))
             ):
-                return flat
-        self._look_up()
+                if held is None or _store.is_at_rest(slot.core, held.version):
+                    return flat
+                waited = _waited()
+                _store.settle(slot.core, waited)
+                if slot.core.version == held.version:
+                    return flat
+        self._look_up(waited)
         was = _flag_behind(self.inference)
         row = () if self._rows is None else (self._row,)
         aux = _core.IndexAux(self._slot, self._slot.id, self._held, self._rows, was, weak)
@@ -229,8 +250,8 @@ class StateIndex:
         leaves = self._leaves if self._rows is None else (self._row, *self._leaves)
         return all(isinstance(x, jax.Array) and not isinstance(x, _jax.Tracer) for x in leaves)
 
-    def _look_up(self) -> None:
-        """Brings the arrays that a frozen index carries up to date."""
+    def _look_up(self, waited: set[int] | None = None) -> None:
+        """Brings the arrays that a frozen index carries up to date; see `_waited`."""
         held = self._held
         if held is None or not self._is_looked_up():
             return
@@ -239,7 +260,7 @@ class StateIndex:
             _store.settle(core)  # a program may be about to set it
         if not core.type:
             return
-        published = _published(self._slot)
+        published = _published(self._slot, waited)
         if held.version != published.version:
             parts = type_parts(published.type)
             self._held = _Held(parts.structure.number, parts.levels, published.version)
@@ -321,9 +342,9 @@ def _restored(
     return self
 
 
-def _published(slot: Slot) -> Published:
+def _published(slot: Slot, waited: set[int] | None) -> Published:
     core = slot.core
-    _store.settle(core)
+    _store.settle(core, waited)
     version = core.version
     published = slot.published
     if published is None or published.version != version:

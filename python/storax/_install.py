@@ -26,7 +26,8 @@ def install() -> None:
         ("jit", _lowering.install),
         ("vmap", _guard.install),
         ("vmap", _control_flow.install),
-        ("jit", _refused.install),
+        ("reductions", _refused.install_reductions),
+        ("disable_jit", _refused.install_while_loop),
     )
     failed = {}
     for feature, step in steps:

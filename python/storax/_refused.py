@@ -6,15 +6,17 @@ from typing import Any
 
 import jax
 
-from . import _jax
+from . import _jax, _unknown_jax
 
-__all__ = ["install", "note_set"]
+__all__ = ["install_reductions", "install_while_loop", "note_set"]
 
 _ran = threading.local()
 
 
 def note_set() -> None:
     """A set has run at once, under whatever transformations."""
+    if jax.config.jax_disable_jit:
+        _unknown_jax.require("disable_jit")
     _ran.sets = getattr(_ran, "sets", 0) + 1
 
 
@@ -59,6 +61,9 @@ def _wrap_while_loop(original):
     return while_loop
 
 
-def install() -> None:
+def install_reductions() -> None:
     _jax.wrap_reductions(_wrap_reduction)
+
+
+def install_while_loop() -> None:
     _jax.wrap_while_loop(_wrap_while_loop)

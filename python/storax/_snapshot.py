@@ -53,10 +53,14 @@ def take(slot: Slot) -> Snapshot | None:
     data = {}
     if type_parts(type_id).mesh:
         with contextlib.suppress(RuntimeError):  # there need not be one
-            data[EVERY_DEVICE] = core.get(type_id, EVERY_DEVICE)
+            data[EVERY_DEVICE] = _bytes(core, type_id, EVERY_DEVICE)
     for device in core.devices:
-        data[device] = core.get(type_id, device)
+        data[device] = _bytes(core, type_id, device)
     return Snapshot(type_id, data, _store.mesh_orders.get(slot.id))
+
+
+def _bytes(core: Any, type_id: int, device: int) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in core.get(type_id, device)]
 
 
 def put(snapshot: Snapshot | None, slot: Slot) -> None:

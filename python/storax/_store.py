@@ -1,6 +1,7 @@
 """Running operations at once: between JAX's arrays and the C++ store, and what must be waited for."""
 
 import atexit
+import builtins
 import dataclasses
 import functools
 import os
@@ -109,35 +110,36 @@ def raise_failures() -> None:
 
 
 # Slots that programs over a mesh have named.
-mesh_slots: set[int] = set()
+mesh_slots: builtins.set[int] = builtins.set()
 
 
-def settle(slot: Any) -> None:
+def settle(slot: Any, waited: builtins.set[int] | None = None) -> None:
     """Lets this thread's earlier programs finish, if they may use this slot.
 
     A program that runs, or is still to run, keeps its executable alive; with none alive that names the
-    slot, there is nothing to wait for.
+    slot, there is nothing to wait for. Nor is there on the devices in `waited`; others are added.
     """
     if forked:
         check_process()
     if slot.num_programs:
-        _wait_for_programs(slot)
+        _wait_for_programs(slot, waited)
     if _core.pending_failures():
         raise_failures()
 
 
-def is_current(slot: Any, version: int) -> bool:
-    """Whether the state, after this thread's earlier programs, is still of that version."""
-    if not forked and slot.rests_at(version):
-        return True
-    settle(slot)
-    return slot.version == version
+def is_at_rest(slot: Any, version: int) -> bool:
+    """Whether the state is of that version, and there is nothing to wait for."""
+    return not forked and slot.rests_at(version)
 
 
-def _wait_for_programs(slot: Any) -> None:
+def _wait_for_programs(slot: Any, waited: builtins.set[int] | None) -> None:
     ordinal = slot.device
     if ordinal >= 0:
-        _jax.wait_for_this_thread(ordinal)
+        if waited is None:
+            _jax.wait_for_this_thread(ordinal)
+        elif ordinal not in waited:
+            _jax.wait_for_this_thread(ordinal)
+            waited.add(ordinal)
     else:  # on several devices, or to be set first by a program that may be on any
         _wait_for_devices()
     if mesh_slots and slot.id in mesh_slots:

@@ -230,6 +230,16 @@ def test_vmap_inside_and_masked(vma):
     np.testing.assert_allclose(got, state)
 
 
+def test_inside_of_a_mask_is_refused(vma):
+    index = per_device(vma=vma)
+    inner = shard(lambda x: inc(index, x), check_vma=vma)
+    program = lambda p: lax.cond(p, inner, lambda x: x, jnp.asarray(X))
+    for run in (jax.vmap(program), jax.jit(jax.vmap(program))):
+        with pytest.raises(NotImplementedError, match=r"`shard_map`.*Move the get and set out"):
+            run(jnp.array([True, False]))
+    np.testing.assert_allclose(read(index, vma=vma), S0)
+
+
 def test_partly_manual_is_refused():
     index = storax.StateIndex(name="partly")
     f = shard(

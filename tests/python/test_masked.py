@@ -293,25 +293,36 @@ def test_derivatives_under_a_mask(how, order):
     np.testing.assert_array_equal(state, [0, 1, 1])
 
 
-def test_state_in_a_backward_rule_under_a_mask():
+BACKWARD = {"vmap of grad": lambda g: jax.vmap(jax.grad(g))}
+BACKWARD["grad of vmap"] = lambda g: jax.grad(lambda xs: jax.vmap(g)(xs).sum())
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("where", ["backward", "both"])
+@pytest.mark.parametrize("order", BACKWARD)
+def test_state_in_a_backward_rule_under_a_mask(order, where, jit):
+    if (order, where) == ("grad of vmap", "backward"):
+        pytest.xfail(
+            "JAX has made the cond a select, as it has no state before it is differentiated"
+        )
     index = storax.StateIndex()
     xs = jnp.array([0.0, 2.0, 3.0])
     jax.vmap(lambda x: storax.set_state(index, x))(xs * 0)
 
-    @jax.custom_vjp
-    def f(x):
+    def bump(x, by):
+        storax.set_state(index, storax.get_state(index, 0 * x) + by)
+
+    def forward(x):
+        if where == "both":
+            bump(lax.stop_gradient(x), 0)
         return x
 
-    def bwd(x, ct):
-        storax.set_state(index, storax.get_state(index, 0 * x) + 1)
-        return (ct * 5,)
-
-    f.defvjp(lambda x: (x, x), bwd)
+    f = jax.custom_vjp(forward)
+    f.defvjp(lambda x: (forward(x), x), lambda x, ct: (bump(x, 1), (ct * 5,))[1])
     g = lambda x: lax.cond(x > 1, f, lambda x: x, x)
-    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(g)))(xs), [1, 5, 5])
-    # The backward rule has no mask of its own to go by: JAX differentiates a cond that has become a
-    # select. It runs once per lane, as it does without state.
-    assert index._slot.core.num_sets >= 2
+    np.testing.assert_allclose(jit(BACKWARD[order](g))(xs), [1, 5, 5])
+    state = jax.vmap(lambda x: storax.get_state(index, x))(xs)
+    np.testing.assert_array_equal(state, [0, 1, 1])
 
 
 # --- Unbatched state, and what is not masked -------------------------------------------------------

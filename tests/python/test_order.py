@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 import pytest
 from jax import lax
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import storax
+from storax import _jax
 
 RUNS = 30
 
@@ -266,3 +268,32 @@ def test_threads_wait_for_their_own_programs():
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(8)))
+
+
+@pytest.mark.parametrize("flatten", [jtu.tree_flatten, jax.tree.flatten, jax.tree.map])
+def test_one_wait_for_each_flattening(flatten, monkeypatch):
+    indices = [storax.StateIndex() for _ in range(5)]
+    for index in indices:
+        storax.set_state(index, jnp.float32(0))
+
+    @jax.jit
+    def set_late(m, x):
+        for index in indices:
+            storax.set_state(index, x + heavy(m, 3)[0, 0] * 0)
+
+    set_late(IN_FLIGHT, jnp.float32(0))
+    frozen = eqx.nn.inference_mode(indices)
+    jtu.tree_flatten(frozen)
+    waits = []
+    wait = _jax.wait_for_this_thread
+    monkeypatch.setattr(_jax, "wait_for_this_thread", lambda d: waits.append(d) or wait(d))
+    args = (lambda x: x, frozen) if flatten is jax.tree.map else (frozen,)
+    flatten(*args)
+    assert waits == [0]
+
+    def after(x):
+        set_late(IN_FLIGHT, x)
+        return jtu.tree_flatten(frozen)[0][1::2]
+
+    # From one place, with programs in between.
+    assert list(map(after, map(jnp.float32, range(5)))) == [[k] * 5 for k in range(5)]

@@ -39,6 +39,21 @@ def test_ways_to_run_agree(mode):
     assert_close(results[2], results[0])
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, eqx.filter_jit], ids=["eager", "jit"])
+def test_ensemble(jit):
+    """A vmap that is not in axis_name is over several models: made by storax.stack, each has its own."""
+    make = lambda _: storax.BatchNorm(3, "batch", momentum=0.9)
+    step = jit(eqx.filter_vmap(apply))
+    norms, alone = storax.stack(make)(jnp.arange(4)), [make(None) for _ in range(4)]
+    for x in batches(3, 4, 6, 3):
+        assert_close(
+            step(norms, x), jnp.stack([apply(n, m) for n, m in zip(alone, x, strict=True)])
+        )
+    one = make(None)
+    with pytest.raises(RuntimeError, match=r"BatchNorm.*the new state is .* with batch axes 0"):
+        jax.block_until_ready(jit(eqx.filter_vmap(apply, in_axes=(None, 0)))(one, x))
+
+
 def test_first_call_sets_running_to_batch_in_ema_mode_only():
     (x,) = batches(1, 6, 3)
     norm = storax.BatchNorm(3, "batch", momentum=0.75)

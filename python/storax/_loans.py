@@ -135,13 +135,13 @@ def write(slot: Any, type_id: int, leaves: Sequence[Any], masks: Sequence[Any] |
 
 
 def set_spread(slot: Any, type_id: int, leaves: Sequence[Any]) -> None:
-    """Makes arrays that are spread over several devices the state."""
+    """Makes arrays that are spread over several devices, or not on a CPU, the state."""
     with _core.LoanLock([slot]), _jax.eval_now():
         if slot.is_pinned:
             raise NotImplementedError(
-                f"storax.set_state of {slot.name}: the arrays lie on several devices, and programs of "
-                "plain `jax.jit` use this state, which keeps it on one. Use `storax.jit` in their "
-                "place, or move the arrays to one device with `jax.device_put`."
+                f"storax.set_state of {slot.name}: the arrays lie on several devices, or not on a CPU, "
+                "and programs of plain `jax.jit` use this state, which keeps it on one CPU device. Use "
+                "`storax.jit` in their place, or move the arrays there with `jax.device_put`."
             )
         new = list(leaves)
         if slot.type:
@@ -160,8 +160,8 @@ def recall(slot: Any, op: str) -> None:
             return
         if slot.device < 0:
             raise NotImplementedError(
-                f"storax.{op} of {slot.name}: its state is spread over several devices, as "
-                "`storax.jit` keeps it. Use `storax.jit` for this program too."
+                f"storax.{op} of {slot.name}: its state is spread over several devices, or not on a "
+                "CPU, as `storax.jit` keeps it. Use `storax.jit` for this program too."
             )
         try:
             addresses = [_jax.buffer_address(x.block_until_ready()) for x in leaves]

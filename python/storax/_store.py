@@ -182,7 +182,7 @@ def _report_at_exit() -> None:
 
 
 def _device_of(leaves: Sequence[Any], op: str, slot: Any) -> Any:
-    """The device that arrays lie on; None if they are spread over several."""
+    """The CPU device that arrays lie on; None if they are spread over several, or on no such one."""
     devices = {d for x in leaves for d in x.sharding.device_set}
     if not devices:
         return jax.local_devices()[0]
@@ -190,10 +190,7 @@ def _device_of(leaves: Sequence[Any], op: str, slot: Any) -> Any:
         return None
     (device,) = devices
     if device.platform != "cpu":
-        raise NotImplementedError(
-            f"storax.{op} of {slot.name}: state on {device.platform} devices is not supported yet. "
-            "Keep the arrays on the CPU, for example under `jax.default_device`."
-        )
+        return None
     return device
 
 

@@ -149,7 +149,9 @@ def _measure_residual(found: Findings, quick: bool) -> None:
             first_calls[key].append(time.perf_counter() - start)
     clock = Clock(rounds=10 if quick else 100, seconds=0.002, at_most=40)
     samples = clock.measure({key: repeated(each) for key, each in trained.items()})
-    title = f"residual: {depth} convolutions of width {width}, batch of {batch_size} images of 8 x 8"
+    title = (
+        f"residual: {depth} convolutions of width {width}, batch of {batch_size} images of 8 x 8"
+    )
     found.add_table(title, samples, LABELS, HAND, first_calls)
     text = f"residual training step, {LABELS['storax.jit']}, to by hand"
     found.add_goal(text, 1.05, samples, "storax.jit", HAND)

@@ -215,7 +215,7 @@ def _measure_in_place(found: Findings, kind: str, state: Any, steps: int, quick:
 
         def run():
             nonlocal kept
-            kept, out = program(kept)
+            kept, _ = program(kept)
             return kept
 
         return run

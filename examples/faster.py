@@ -4,6 +4,7 @@ The network is a small MLP on the digits. `storax.jit` and plain jit run the sam
 `equinox.nn.State` and by hand the state is an argument and a result.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ class MLP(eqx.Module):
         sizes = [64, WIDTH, WIDTH, WIDTH, WIDTH, 10]
         self.linears = [
             eqx.nn.Linear(*size, key=k)
-            for size, k in zip(zip(sizes[:-1], sizes[1:], strict=True), keys, strict=True)
+            for size, k in zip(itertools.pairwise(sizes), keys, strict=True)
         ]
         self.norms = [norm() for _ in range(4)]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _core
-from ._packed import NeedsPure
+from ._packed import NeedsPureError
 from ._specialise import Placement, Specialised
 
 __all__ = ["Compiled", "Lowered", "Traced"]
@@ -47,7 +47,7 @@ class Traced(_Wrapper):
     def lower(self, **kwargs: Any) -> Any:
         try:
             lowered = self._inner.lower(**kwargs)
-        except NeedsPure:
+        except NeedsPureError:
             self._specialised.make_pure()
             return Traced(self._jitted, self._key, self._specialised, self._arrays).lower(**kwargs)
         return Lowered(lowered, self._jitted, self._key, self._specialised, self._placement)
@@ -66,7 +66,12 @@ class Compiled(_Wrapper):
     """A compiled function: called with the arguments of the user's, for which it was compiled."""
 
     def __init__(
-        self, inner: Any, jitted: Any, key: Any, specialised: Specialised, placement: Placement | None
+        self,
+        inner: Any,
+        jitted: Any,
+        key: Any,
+        specialised: Specialised,
+        placement: Placement | None,
     ):
         super().__init__(inner)
         self._jitted, self._key = jitted, key

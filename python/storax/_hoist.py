@@ -15,14 +15,14 @@ from jax import lax
 
 from . import _core, _jax
 from ._primitives import get_p, leaf_mask, set_masked_p, set_p, split_row, whole_type
-from ._slot import structure_at, type_parts
+from ._slot import structure_at
 
-__all__ = ["NotHoistable", "Use", "run", "uses"]
+__all__ = ["NotHoistableError", "Use", "run", "uses"]
 
 State = dict[int, list[Any]]
 
 
-class NotHoistable(Exception):
+class NotHoistableError(Exception):
     """The program has to run as plain `jax.jit` runs it, which raises whatever is wrong with it."""
 
 
@@ -40,13 +40,15 @@ class Use:
 
 def operation_type(eqn: Any) -> int:
     params = eqn.params
-    _, avals = split_row([v.aval for v in eqn.invars[eqn.primitive is set_masked_p :]], params["rows"])
+    _, avals = split_row(
+        [v.aval for v in eqn.invars[eqn.primitive is set_masked_p :]], params["rows"]
+    )
     shapes, levels = whole_type(avals, params["levels"], params["rows"])
     return structure_at(params["structure"]).type_id(shapes, levels, params["mesh"])
 
 
 def uses(jaxpr: Any) -> dict[int, Use]:
-    """Which slots a closed jaxpr uses, and how. Raises `NotHoistable` where `run` has no rule."""
+    """Which slots a closed jaxpr uses, and how. Raises `NotHoistableError` where `run` has no rule."""
     found: dict[int, Use] = {}
     _collect(_jax.open_jaxpr(jaxpr), found, always=True)
     return found
@@ -58,7 +60,7 @@ def _collect(jaxpr: Any, found: dict[int, Use], always: bool) -> None:
             continue
         if eqn.primitive in (get_p, set_p, set_masked_p):
             if eqn.params["mesh"]:
-                raise NotHoistable("a state per device")
+                raise NotHoistableError("a state per device")
             use = found.get(eqn.params["slot"])
             whole = eqn.primitive is set_p and eqn.params["rows"] is None
             if use is None:
@@ -70,7 +72,7 @@ def _collect(jaxpr: Any, found: dict[int, Use], always: bool) -> None:
             for inner in _jax.inner_jaxprs(eqn):
                 _collect(inner, found, here)
         else:
-            raise NotHoistable(f"state inside `{eqn.primitive.name}`")
+            raise NotHoistableError(f"state inside `{eqn.primitive.name}`")
 
 
 # --- States as values ------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def _moved(leaves: Sequence[Any], to: int, source: int) -> list[Any]:
         return list(leaves)
     moves = _core.type_moves(to, source)
     if moves is None:
-        raise NotHoistable("a type that does not match")
+        raise NotHoistableError("a type that does not match")
     if not moves:
         return list(leaves)
     return [

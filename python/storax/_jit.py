@@ -67,7 +67,13 @@ def jit(
 
 
 def _as_tuple(x: Any) -> tuple[Any, ...]:
-    return () if x is None else tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else (x,)
+    return (
+        ()
+        if x is None
+        else tuple(x)
+        if isinstance(x, Iterable) and not isinstance(x, str)
+        else (x,)
+    )
 
 
 class Jitted(_core.Dispatcher):
@@ -93,7 +99,7 @@ class Jitted(_core.Dispatcher):
         static = [options.pop(f"static_{kind}", None) for kind in ("argnums", "argnames")]
         donated = [options.pop(f"donate_{kind}", None) for kind in ("argnums", "argnames")]
         argnums, argnames = _jax.infer_static(fun, *static)
-        super().__init__(_hoist.NotHoistable, list(argnums), tuple(argnames))
+        super().__init__(_hoist.NotHoistableError, list(argnums), tuple(argnames))
         self._static_argnums = argnums
         self._donated = _jax.infer_static(fun, *donated)
         self._fun = fun
@@ -113,7 +119,7 @@ class Jitted(_core.Dispatcher):
 
     def specialise(self, args: tuple, kwargs: dict) -> tuple[Any, Specialised, list[Any]]:
         """The key of a call's static part, what is specialised to it, and the arrays."""
-        key, arrays, statics, treedef, whole = self._analyse(args, kwargs)
+        key, arrays, statics, treedef, whole = self._analyse(args, kwargs)  # type: ignore[attr-defined]
         try:
             made = self._specialised.get(key)
         except TypeError:
@@ -130,7 +136,7 @@ class Jitted(_core.Dispatcher):
         if not _jax.no_trace() or jax.config.jax_disable_jit:
             return specialised.plain(*arrays)
         try:
-            return specialised.run(arrays, functools.partial(self._add, key))
+            return specialised.run(arrays, functools.partial(self._add, key))  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as error:
             self._call_failed(error)
 
@@ -167,8 +173,8 @@ class Jitted(_core.Dispatcher):
         static = set(self._static_positions(len(args)))
         kept = [None if i in static else x for i, x in enumerate(args)]
         options = dict(self._options)
-        nums, names = self._donated
-        nums = {i % len(args) if args else i for i in nums}
+        nums = {i % len(args) if args else i for i in self._donated[0]}
+        names = self._donated[1]
         marks = [
             *(jax.tree.map(lambda _, i=i: i in nums, x) for i, x in enumerate(kept)),
             {k: jax.tree.map(lambda _, k=k: k in names, x) for k, x in kwargs.items()},
@@ -179,8 +185,8 @@ class Jitted(_core.Dispatcher):
         if any(donated):
             options["donate_argnums"] = tuple(i for i, m in enumerate(donated) if m)
         if options.get("in_shardings") is not None:
-            is_spec = lambda s: s is None or isinstance(
-                s, (jax.sharding.Sharding, jax.sharding.PartitionSpec)
+            is_spec = lambda s: (
+                s is None or isinstance(s, (jax.sharding.Sharding, jax.sharding.PartitionSpec))
             )
             spread = jax.tree.map(
                 lambda s, sub: [s] * len([x for x in jax.tree.leaves(sub) if is_array(x)]),
@@ -210,7 +216,7 @@ class Jitted(_core.Dispatcher):
 
     def clear_cache(self) -> None:
         """Forgets all compiled programs."""
-        self._clear()
+        self._clear()  # type: ignore[attr-defined]
         self._specialised.clear()
 
 

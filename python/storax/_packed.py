@@ -16,14 +16,14 @@ import numpy as np
 from . import _core, _jax, _loans, _store
 from ._slot import type_parts
 
-__all__ = ["NeedsPure", "load_p", "store_p"]
+__all__ = ["NeedsPureError", "load_p", "store_p"]
 
 load_p = _jax.Primitive("load_states")
 store_p = _jax.Primitive("store_states")
 load_p.multiple_results = store_p.multiple_results = True
 
 
-class NeedsPure(Exception):
+class NeedsPureError(Exception):
     """The program is spread over several devices, or runs where storax has no handlers."""
 
 
@@ -47,7 +47,7 @@ def _(*others_and_leaves, slots, after):
 def _lower(ctx: Any, target: str, op: str, operands: Any, avals_in: Any, slots: Any) -> list[Any]:
     devices, auto_axes = _jax.module_devices(ctx)
     if devices not in (None, 1) or auto_axes or _jax.platforms(ctx) != ("cpu",):
-        raise NeedsPure
+        raise NeedsPureError
     _store.register_handlers()
     numbers = [_core.process_nonce()]
     for slot_id, type_id in slots:

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from . import _core, _hoist, _jax, _loans, _packed, _store
-from ._hoist import NotHoistable
-from ._packed import NeedsPure
+from ._hoist import NotHoistableError
+from ._packed import NeedsPureError
 from ._slot import type_parts
 
 __all__ = ["Specialised"]
@@ -113,7 +113,7 @@ class Specialised:
         jaxpr = jax.make_jaxpr(flat)(*arrays)
         try:
             uses = _hoist.uses(jaxpr)
-        except NotHoistable:
+        except NotHoistableError:
             uses = None
         trace = self._traces[key] = Trace(uses, jaxpr, out_tree)
         return trace
@@ -141,7 +141,7 @@ class Specialised:
                     born.append(slot_id)
                 elif use.is_set:
                     donated.append(slot_id)
-                    shardings.append(tuple(x.sharding for x in leaves) if spread else None)
+                    shardings.append(tuple(x.sharding for x in leaves or ()) if spread else None)
                 else:
                     read.append(slot_id)
             else:
@@ -176,11 +176,12 @@ class Specialised:
     def _make(self, placement: Placement) -> Callable[..., Any]:
         def hoisted(*args):
             lent: dict[int, Any] = {}
+            arrays: Sequence[Any] = args
             if placement.takes_states:
-                donated, read, *args = args
+                donated, read, *arrays = args
                 lent.update(zip(placement.donated, donated, strict=True))
                 lent.update(zip(placement.read, read, strict=True))
-            return self._hoisted(placement, lent, args)
+            return self._hoisted(placement, lent, arrays)
 
         shift = 2 if placement.takes_states else 0
         changes: dict[str, Any] = {}
@@ -192,20 +193,22 @@ class Specialised:
         if "in_shardings" in self._options and shift:
             changes["in_shardings"] = (None, None, *self._options["in_shardings"])
         out = self._options.get("out_shardings")
-        if placement.returns_states and (out is not None or any(s is not None for s in placement.shardings)):
+        if placement.returns_states and (
+            out is not None or any(s is not None for s in placement.shardings)
+        ):
             states = [*placement.shardings, *[None] * len(placement.born)]
             changes["out_shardings"] = (tuple(states), out)
         return self._jit(hoisted, **changes)
 
     def _hoisted(self, placement: Placement, lent: dict[int, Any], arrays: Sequence[Any]) -> Any:
         if jax.config.jax_disable_jit:
-            raise NotHoistable("jit is disabled")
+            raise NotHoistableError("jit is disabled")
         trace = self.trace(arrays, with_jaxpr=True)
         now = self.place(trace.uses)
         if now is None or dataclasses.replace(now, types=(), loaded=(), stored=()) != (
             dataclasses.replace(placement, types=(), loaded=(), stored=())
         ):
-            raise NotHoistable("other states than those of the program")
+            raise NotHoistableError("other states than those of the program")
         jaxpr, trace.jaxpr = trace.jaxpr, None
         state = {slot_id: list(leaves) for slot_id, leaves in lent.items()}
         others: list[Any] = []
@@ -246,10 +249,10 @@ class Specialised:
                     if settled:
                         self._publish(call, placement, publish)
                 return result
-            except NeedsPure:
+            except NeedsPureError:
                 trace.jaxpr = jaxpr
                 self.make_pure()
-            except NotHoistable:
+            except NotHoistableError:
                 continue
 
     def _publish(self, call: Any, placement: Placement, publish: Callable[[Any], None]) -> None:
@@ -270,7 +273,9 @@ class Specialised:
                 continue
             if slot.is_pinned and self._pure:
                 leaves = _store.read_stored(slot)[1]
-                borrowed[slot_id] = [jax.device_put(x, spread(x.shape)) for x in leaves] if spread else leaves
+                borrowed[slot_id] = (
+                    [jax.device_put(x, spread(x.shape)) for x in leaves] if spread else leaves
+                )
             elif not _loans.lend(slot, spread):
                 return None
         return borrowed
@@ -333,7 +338,9 @@ class Specialised:
         def shapes(slot_id):
             leaves = _core.loan(_core.share_slot(slot_id))
             if leaves is not None:
-                return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves)
+                return tuple(
+                    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves
+                )
             parts = type_parts(types[slot_id])
             return tuple(
                 jax.ShapeDtypeStruct(s, k.stored, sharding=spread(s) if spread else None)

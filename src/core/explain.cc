@@ -100,9 +100,10 @@ std::string Slot::explain(SlotId id, Status status, std::string_view op, Device 
     case Status::kLent:
       return text + "a program of `storax.jit` is working on its state in place just now.";
     case Status::kLost:
-      return text + "its state is lost: a program of `storax.jit` that failed was working on it in "
-                    "place. Set it again. With `storax.jit(..., donate=False)` a program works on "
-                    "a copy, and the state outlives its failure.";
+      return text +
+             "its state is lost: a program of `storax.jit` that failed was working on it in "
+             "place. Set it again. With `storax.jit(..., donate=False)` a program works on "
+             "a copy, and the state outlives its failure.";
     case Status::kOutOfMemory:
       return text + "no memory for " + asked_text + ".";
     case Status::kDropped:

@@ -68,10 +68,10 @@ Status for_each(const Targets& targets, Buffer&& buffer, std::size_t* failed,
 
 template <class Buffer>
 Status load(const Targets& targets, Device device, Buffer&& result, std::size_t* failed) noexcept {
-  return for_each<std::byte>(
-      targets, result, failed, [&](Slot& slot, std::size_t i, Leaves out) noexcept {
-        return slot.get(targets.slot(i), device, targets.type(i), out);
-      });
+  return for_each<std::byte>(targets, result, failed,
+                             [&](Slot& slot, std::size_t i, Leaves out) noexcept {
+                               return slot.get(targets.slot(i), device, targets.type(i), out);
+                             });
 }
 
 // All or nothing: what could make a set fail is looked at before the first one.
@@ -85,16 +85,17 @@ Status store(const Targets& targets, Device device, Buffer&& operand,
     const Status status = slot->can_set(targets.slot(i), device, targets.type(i));
     if (status != Status::kOk) return status;
   }
-  return for_each<const std::byte>(
-      targets, operand, failed, [&](Slot& slot, std::size_t i, ConstLeaves in) noexcept {
-        return slot.set(targets.slot(i), device, targets.type(i), in);
-      });
+  return for_each<const std::byte>(targets, operand, failed,
+                                   [&](Slot& slot, std::size_t i, ConstLeaves in) noexcept {
+                                     return slot.set(targets.slot(i), device, targets.type(i), in);
+                                   });
 }
 
 std::size_t num_leaves(const Targets& targets) noexcept {
   std::size_t leaves = 0;
   for (std::size_t i = 0; i < targets.size(); ++i) {
-    if (const Type* type = find_type(targets.type(i)); type != nullptr) leaves += type->num_leaves();
+    if (const Type* type = find_type(targets.type(i)); type != nullptr)
+      leaves += type->num_leaves();
   }
   return leaves;
 }

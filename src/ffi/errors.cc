@@ -25,9 +25,8 @@ xf::Error failure(SlotId id, TypeId asked, Status status, std::string_view op,
                   Device device) noexcept {
   try {
     Slot* slot = find_slot(id);
-    std::string message = slot == nullptr
-                              ? "storax." + std::string(op) + ": no such StateIndex."
-                              : slot->explain(id, status, op, device, asked);
+    std::string message = slot == nullptr ? "storax." + std::string(op) + ": no such StateIndex."
+                                          : slot->explain(id, status, op, device, asked);
     failures::record(device, message);
     return xf::Error(code_of(status), std::move(message));
   } catch (...) {

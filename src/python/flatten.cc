@@ -148,7 +148,8 @@ nb::object find_flat(nb::handle self) {
   if (caller == Caller::kSerialise) return {};
   const nb::object flat = get(self, names().flat);
   if (flat.is_none()) return {};
-  PyObject* const* made_of = &PyTuple_GET_ITEM(flat.ptr(), 0);  // inference, held, leaves, slot, weak
+  PyObject* const* made_of =
+      &PyTuple_GET_ITEM(flat.ptr(), 0);  // inference, held, leaves, slot, weak
   const nb::object held = get(self, names().held), slot = get(self, names().slot);
   const bool same = get(self, names().inference).ptr() == made_of[0] && held.ptr() == made_of[1] &&
                     get(self, names().leaves).ptr() == made_of[2] && slot.ptr() == made_of[3];
@@ -196,11 +197,16 @@ void bind_flatten(nb::module_& m) {
   nb::class_<IndexAux>(m, "IndexAux", "The static part of a StateIndex as a PyTree node.")
       .def(nb::init<nb::object, std::int64_t, nb::object, nb::object, nb::object, bool>(), "slot"_a,
            "slot_id"_a, "held"_a.none(), "rows"_a.none(), "was"_a.none(), "weak"_a)
-      .def_prop_ro("slot", &IndexAux::slot)
+      .def_prop_ro("slot", &IndexAux::slot, nb::sig("def slot(self) -> typing.Any"))
       .def_ro("slot_id", &IndexAux::slot_id_)
-      .def_prop_ro("held", [](const IndexAux& a) { return a.held_; })
-      .def_prop_ro("rows", [](const IndexAux& a) { return a.rows_; })
-      .def_prop_ro("was", [](const IndexAux& a) { return a.was_; })
+      .def_prop_ro(
+          "held", [](const IndexAux& a) { return a.held_; },
+          nb::sig("def held(self) -> typing.Any"))
+      .def_prop_ro(
+          "rows", [](const IndexAux& a) { return a.rows_; },
+          nb::sig("def rows(self) -> typing.Any"))
+      .def_prop_ro(
+          "was", [](const IndexAux& a) { return a.was_; }, nb::sig("def was(self) -> typing.Any"))
       .def(
           "__eq__",
           [](const IndexAux& a, nb::handle b) {

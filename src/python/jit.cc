@@ -1,9 +1,8 @@
-// The call path of storax.jit: finds the compiled program for a call's arguments, hands it the states
-// that are lent to it, and takes them back. Nothing of it is Python; whatever it does not know is left
-// to the Python method `_call_cold`.
+// The call path of storax.jit: finds the compiled program for a call's arguments, hands it the
+// states that are lent to it, and takes them back. Nothing of it is Python; whatever it does not
+// know is left to the Python method `_call_cold`.
 #include "jit.h"
 
-#include "flatten.h"
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "flatten.h"
 #include "storax/storax.h"
 
 namespace storax::python {
@@ -21,7 +21,8 @@ namespace {
 namespace nb = ::nanobind;
 using namespace nb::literals;
 
-// --- What JAX tells us at import, see `_jax.call_path` ---------------------------------------------
+// --- What JAX tells us at import, see `_jax.call_path`
+// ---------------------------------------------
 
 struct Jax {
   nb::object flatten;                // tree -> (leaves, treedef)
@@ -78,7 +79,8 @@ nb::object restore(nb::object result) {
   return nb::inst_ptr<Template>(key)->fill(arrays);
 }
 
-// --- Loans -----------------------------------------------------------------------------------------
+// --- Loans
+// -----------------------------------------------------------------------------------------
 
 // A state as JAX arrays.
 class ArrayLoan final : public Loan {
@@ -143,11 +145,12 @@ class LoanLockContext {
   std::vector<std::unique_ptr<LoanLock>> held_;
 };
 
-// --- Programs --------------------------------------------------------------------------------------
+// --- Programs
+// --------------------------------------------------------------------------------------
 
-// A compiled program as a function of the arrays among a call's arguments. It takes the states lent to
-// it first, `(donated, read, *arrays)`, if there are any, and returns `(states, result)` if it changes
-// any of them; else the result alone.
+// A compiled program as a function of the arrays among a call's arguments. It takes the states lent
+// to it first, `(donated, read, *arrays)`, if there are any, and returns `(states, result)` if it
+// changes any of them; else the result alone.
 class Program {
  public:
   Program(nb::object call, const std::vector<nb::object>& donated,
@@ -212,8 +215,8 @@ class Program {
     if (!result.is_valid()) return nullptr;
     PyObject* states = PyTuple_GET_ITEM(result.ptr(), 0);
     for (std::size_t i = 0; i < donated_.size(); ++i) {
-      loan_of(*donated_[i])->replace(
-          nb::borrow(PyTuple_GET_ITEM(states, static_cast<Py_ssize_t>(i))));
+      loan_of(*donated_[i])
+          ->replace(nb::borrow(PyTuple_GET_ITEM(states, static_cast<Py_ssize_t>(i))));
       donated_[i]->touch();
     }
     return Py_NewRef(PyTuple_GET_ITEM(result.ptr(), 1));
@@ -225,7 +228,8 @@ class Program {
   std::atomic<std::int64_t> epoch_{-1};
 };
 
-// --- Dispatch --------------------------------------------------------------------------------------
+// --- Dispatch
+// --------------------------------------------------------------------------------------
 
 // What storax.jit returns is of a Python class derived from this one.
 class Dispatcher {
@@ -246,7 +250,8 @@ class Dispatcher {
       return run(self, nb::cast<Program&>(program), &PyTuple_GET_ITEM(args, 0), n, args, kwargs);
     }
     Call found = split(args, kwargs);
-    const nb::object program = nb::borrow(PyDict_GetItemWithError(programs_.ptr(), found.key.ptr()));
+    const nb::object program =
+        nb::borrow(PyDict_GetItemWithError(programs_.ptr(), found.key.ptr()));
     if (!program.is_valid()) {
       PyErr_Clear();  // a leaf that can't be hashed, as will be said there
       return cold(self, args, kwargs);
@@ -260,8 +265,8 @@ class Dispatcher {
   }
 
   // (key, arrays, statics, treedef, whole): what a call is known by; the arrays among the leaves of
-  // its arguments; the other leaves, with None for each array; the structure of `(args, kwargs)`; and
-  // the arguments that are static as a whole, as pairs of a position or name and a value.
+  // its arguments; the other leaves, with None for each array; the structure of `(args, kwargs)`;
+  // and the arguments that are static as a whole, as pairs of a position or name and a value.
   nb::tuple analyse(nb::tuple args, nb::dict kwargs) {
     Call found = split(args.ptr(), kwargs.ptr());
     nb::list arrays;
@@ -305,7 +310,8 @@ class Dispatcher {
                 PyObject* args, PyObject* kwargs) {
     if (!program.is_ready()) return cold(self, args, kwargs);
     PyObject* result = program.run(arrays, size);
-    if (result != nullptr) [[likely]] return result;
+    if (result != nullptr) [[likely]]
+      return result;
     if (!PyErr_Occurred()) return cold(self, args, kwargs);
     if (PyErr_ExceptionMatches(retry_.ptr())) {
       PyErr_Clear();
@@ -406,11 +412,12 @@ class Dispatcher {
   std::vector<Py_ssize_t> static_argnums_;
   nb::object static_argnames_;
   bool has_static_;
-  nb::dict programs_;                  // key -> Program
+  nb::dict programs_;                 // key -> Program
   std::vector<nb::object> by_count_;  // programs that take so many arrays and nothing else
 };
 
-// --- Types -----------------------------------------------------------------------------------------
+// --- Types
+// -----------------------------------------------------------------------------------------
 
 template <class T>
 int traverse(PyObject* self, visitproc visit, void* arg) {
@@ -437,7 +444,8 @@ PyObject* call(PyObject* self, PyObject* args, PyObject* kwargs) {
 }
 
 PyObject* bind_method(PyObject* self, PyObject* instance, PyObject*) {
-  return instance == nullptr || instance == Py_None ? Py_NewRef(self) : PyMethod_New(self, instance);
+  return instance == nullptr || instance == Py_None ? Py_NewRef(self)
+                                                    : PyMethod_New(self, instance);
 }
 
 PyType_Slot dispatcher_slots[] = {
@@ -477,7 +485,9 @@ void bind_jit(nb::module_& m) {
   nb::class_<LoanLockContext>(m, "LoanLock", "Holds the loan mutexes of slots.")
       .def(nb::init<const std::vector<nb::object>&>(), "slots"_a)
       .def("__enter__", &LoanLockContext::enter)
-      .def("__exit__", [](LoanLockContext& lock, const nb::args&) { lock.exit(); });
+      .def(
+          "__exit__", [](LoanLockContext& lock, const nb::args&) { lock.exit(); },
+          nb::sig("def __exit__(self, *args: object) -> None"));
 
   m.def(
       "lend",
@@ -498,7 +508,8 @@ void bind_jit(nb::module_& m) {
         ArrayLoan* loan = loan_of(*slot);
         return loan == nullptr ? nb::object(nb::none()) : nb::borrow<nb::object>(loan->leaves());
       },
-      "slot"_a, "The arrays that are the state; None if it is not lent out.");
+      "slot"_a, nb::sig("def loan(slot: Slot) -> tuple | None"),
+      "The arrays that are the state; None if it is not lent out.");
   m.def(
       "replace_loan",
       [](const SlotRef& slot, nb::tuple leaves) {
@@ -509,15 +520,17 @@ void bind_jit(nb::module_& m) {
   m.def("layout_epoch", &layout_epoch);
   m.def(
       "set_jax",
-      [](nb::object flatten, nb::object array, nb::object arrays, std::vector<nb::object> ordinary) {
+      [](nb::object flatten, nb::object array, nb::object arrays,
+         std::vector<nb::object> ordinary) {
         jax() = {std::move(flatten), std::move(array), std::move(arrays), std::move(ordinary)};
       },
       "flatten"_a, "array"_a, "arrays"_a, "ordinary"_a);
   nb::class_<Template>(m, "Template", "A result with leaves that are not arrays.")
       .def(nb::init<nb::object, nb::list>(), "treedef"_a, "leaves"_a);
-  m.def("restore", &restore, "result"_a.none(),
-        "What the user's function returned, if a program returned `result`: an array in the place of "
-        "each None of the template, if it is `{template: arrays}`.");
+  m.def(
+      "restore", &restore, "result"_a.none(),
+      "What the user's function returned, if a program returned `result`: an array in the place of "
+      "each None of the template, if it is `{template: arrays}`.");
 }
 
 }  // namespace storax::python

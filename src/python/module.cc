@@ -309,10 +309,12 @@ NB_MODULE(_core, m) {
           "reads_as", [](const SlotRef& s, TypeId type) { return s->reads_as(s.id(), type); },
           "type"_a, "Whether a get of this type, outside of any mapped program, would succeed.")
       .def("get", &slot_get, "type"_a, "device"_a,
-           "Each leaf's bytes in fresh memory; None if the state is lent out. RuntimeError if the slot "
+           "Each leaf's bytes in fresh memory; None if the state is lent out. RuntimeError if the "
+           "slot "
            "holds another type.")
       .def("set", &slot_set, "type"_a, "device"_a, "addresses"_a,
-           "Copies the leaves at these addresses in; False if the state is lent out. RuntimeError if "
+           "Copies the leaves at these addresses in; False if the state is lent out. RuntimeError "
+           "if "
            "the slot holds another type.")
       .def("set_masked", &slot_set_masked, "type"_a, "device"_a, "mask_addresses"_a, "addresses"_a,
            "Like set, where the masks are true.")
@@ -360,14 +362,16 @@ NB_MODULE(_core, m) {
         "mesh"_a,
         "The id of a type. leaves: (dtype, bytes per element, dims); levels: (axis per leaf or -1, "
         "moved); mesh: (axis name, size).");
-  nb::class_<Pin>(m, "Pin", "Keeps a slot's state in place, never lent out, for as long as it lives.")
+  nb::class_<Pin>(m, "Pin",
+                  "Keeps a slot's state in place, never lent out, for as long as it lives.")
       .def(nb::init<const SlotRef&>(), "slot"_a);
-  m.def("type_moves", &type_moves, "to"_a, "source"_a,
-        "How to transpose each leaf of a state of type `source` into one of type `to`: its axes, or "
-        "an empty list if they stay as they are. None if the types do not agree; an empty list if "
-        "they are the same.");
   m.def(
-      "type_bytes", [](TypeId id) { return type_at(id).total_bytes(); }, "type"_a);
+      "type_moves", &type_moves, "to"_a, "source"_a,
+      nb::sig("def type_moves(to: int, source: int) -> list[list[int]] | None"),
+      "How to transpose each leaf of a state of type `source` into one of type `to`: its axes, or "
+      "an empty list if they stay as they are. None if the types do not agree; an empty list if "
+      "they are the same.");
+  m.def("type_bytes", [](TypeId id) { return type_at(id).total_bytes(); }, "type"_a);
   m.def("type_text", [](TypeId id) { return type_at(id).str(); }, "type"_a);
   m.def("record_failure", [](const std::string& text) { failures::record(0, text); }, "text"_a);
   m.def(

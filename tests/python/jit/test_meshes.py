@@ -113,7 +113,9 @@ def test_scan_and_grad(mesh):
         def loss(w):
             return jax.lax.scan(body, w, None, length=3)[0].sum()
 
-        return jax.grad(lambda w: (storax.get_state(index, jax.lax.stop_gradient(w)) * w).sum())(w), loss(w)
+        return jax.grad(lambda w: (storax.get_state(index, jax.lax.stop_gradient(w)) * w).sum())(
+            w
+        ), loss(w)
 
     grad, loss = f(w, 1)
     np.testing.assert_array_equal(grad, np.ones((4, 8)))
@@ -162,9 +164,15 @@ def test_large_state_in_place(mesh):
     storax.set_state(index, x)
     f = storax.jit(lambda x: storax.set_state(index, storax.get_state(index, x) + 1))
     f(x)
-    before = {s.data.unsafe_buffer_pointer() for s in storax._core.loan(index._slot.core)[0].addressable_shards}
+    before = {
+        s.data.unsafe_buffer_pointer()
+        for s in storax._core.loan(index._slot.core)[0].addressable_shards
+    }
     f(x)
-    after = {s.data.unsafe_buffer_pointer() for s in storax._core.loan(index._slot.core)[0].addressable_shards}
+    after = {
+        s.data.unsafe_buffer_pointer()
+        for s in storax._core.loan(index._slot.core)[0].addressable_shards
+    }
     assert before == after
 
 
@@ -217,7 +225,9 @@ def test_data_parallel_batch_norm_is_batch_norm_of_the_whole():
     np.testing.assert_allclose(w2, w, rtol=1e-5)
     like = (jnp.zeros(3), jnp.zeros(3))
     for a, b in zip(
-        storax.get_state(norm2.state_index, like), storax.get_state(norm.state_index, like), strict=True
+        storax.get_state(norm2.state_index, like),
+        storax.get_state(norm.state_index, like),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 

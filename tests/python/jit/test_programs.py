@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 import storax
+from jit.counting import counter
 from storax import _core
-
-from jit.test_calls import counter
 
 
 def custom_calls(f, *args):
@@ -173,7 +172,7 @@ def test_trace_and_eval_shape():
 
 
 def test_export_of_the_pure_form():
-    index, count, state = counter(5)
+    _, count, state = counter(5)
     pure = storax.jit(lambda x: x * count(), pack=False)
     exported = jax.export.export(pure)(jax.ShapeDtypeStruct((2,), jnp.float32))
     again = jax.export.deserialize(exported.serialize())

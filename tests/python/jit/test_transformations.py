@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import storax
-from jit.test_calls import counter, jit  # noqa: F401
+from jit.counting import counter
 
 
 def test_under_grad(jit):

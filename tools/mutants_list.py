@@ -28,7 +28,9 @@ MUTANTS = [
     _without("token in the module", "_jax.py", '    ("jit", _keep_token_in_module),\n', "failures"),
     _without("state kept in scan", "_jax.py", '    ("grad", _keep_state_in_scan),\n', "grad"),
     _without("state kept in while", "_jax.py", '    ("grad", _keep_state_in_while),\n', "grad"),
-    _without("delay of the fast path", "_jax.py", '    ("jit", _delay_fast_path),\n', "failures"),
+    _without(
+        "delay of the fast path", "_jax.py", '    ("jit", _delay_fast_path),\n', "errors failures"
+    ),
     _without("calls kept", "_jax.py", '    ("jit", _keep_calls),\n', "control_flow", (0, 11)),
     Mutant(
         "the token is the executable's",
@@ -252,7 +254,6 @@ MUTANTS = [
             "set_state_masked": "masked",
             "scan": "masked",
             "jit": "masked",
-            "checkpoint": "masked",
             "remat2": "masked",
             "custom_jvp_call": "masked",
             "custom_vjp_call": "masked",
@@ -408,6 +409,26 @@ MUTANTS = [
         "    closed = jax.make_jaxpr(f)(*args)\n    return masked(closed, mask, args)",
         "    return f(*args)",
         "masked",
+    ),
+    _never(
+        "notices rules of parted lanes",
+        "_primitives.py",
+        "if self is set_p and _jax.in_parted_rule():",
+        "masked -k backward",
+    ),
+    Mutant(
+        "rules in a mask are taken for pure",
+        "_control_flow.py",
+        'has_rules = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")',
+        "has_rules = False",
+        "masked -k backward",
+    ),
+    Mutant(
+        "rules in a mask are taken for those of parted lanes",
+        "_masked_custom.py",
+        "    with _jax.parted_rule(False):",
+        "    if True:",
+        "masked -k backward",
     ),
     # --- Where JAX runs functions in other ways ---
     _without(

@@ -75,7 +75,9 @@ def _masked(jaxpr, consts, mask, args):
 
 
 def _masked_equation(eqn, ins, mask):
-    if not _jax.has_state(eqn) or eqn.primitive is get_p:
+    # What is pure may still have rules with state in them.
+    has_rules = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")
+    if not (_jax.has_state(eqn) or has_rules) or eqn.primitive is get_p:
         return _jax.bind_equation(eqn, ins)
     rule = _masked_rules.get(eqn.primitive.name)
     if rule is None:
@@ -134,13 +136,10 @@ _masked_rules: dict[str, Callable[..., Any]] = {
     "set_state_masked": _mask_set_masked,
     "scan": _mask_scan,
     "jit": _mask_jit,
-    "pjit": _mask_jit,
-    "checkpoint": _mask_checkpoint,
     "remat2": _mask_checkpoint,
     "custom_jvp_call": lambda *args: mask_custom_jvp(masked, *args),
     "custom_vjp_call": lambda *args: mask_custom_vjp(masked, *args),
     "closed_call": _mask_inline("call_jaxpr"),
-    "core_call": _mask_inline("call_jaxpr"),
     "eval_jaxpr": lambda params, ins, mask: masked(
         params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"], mask, ins
     ),
@@ -223,9 +222,8 @@ def _batch_masked_cond(axis_data, args, dims, *, params):
 def _run_branch(axis_data, branch, lanes, operands, operand_dims, other):
     out_dims = [0] * len(branch.out_avals)
     if not _jax.has_state(branch):
-        return _jax.call_jaxpr(
-            _jax.batched_jaxpr(branch, axis_data, operand_dims, out_dims), *operands
-        )
+        pure = _jax.batched_jaxpr(branch, _jax.as_parted(axis_data), operand_dims, out_dims)
+        return _jax.call_jaxpr(pure, *operands)
     ins, in_dims = [lanes, *operands], [0, *operand_dims]
     closed = _close(lambda m, *a: masked(branch, m, a), _lane_avals(axis_data, ins, in_dims))
     run = _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
@@ -362,6 +360,8 @@ def _wrap_scan(original):
 def _wrap_cond(original):
     def rule(axis_data, args, dims, **params):
         if not _jax.has_state(*params["branches"]):
+            if dims[0] is not None:
+                axis_data = _jax.as_parted(axis_data)
             return original(axis_data, args, dims, **params)
         _unknown_jax.require("vmap of control flow")
         if dims[0] is None or "branches_platforms" in params:

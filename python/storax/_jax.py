@@ -52,6 +52,7 @@ _effects = _private("effects")  # the registries of effects
 _pjit = _private("pjit")  # when a call may take the C++ path
 _source_info = _private("source_info_util")  # equations that we stage ourselves
 _ad = _private("interpreters.ad")
+_lu = _private("linear_util")  # wrap_init, for the rules of custom derivatives
 _batching = _private("interpreters.batching")  # fancy_primitive_batchers, AxisData
 _mlir = _private("interpreters.mlir")  # tokens
 _pe = _private("interpreters.partial_eval")
@@ -464,21 +465,75 @@ def move_axis(axis_data: Any, x: Any, source: int | None, target: int | None) ->
 
 
 @functools.cache
-def _moved_axis_data_class() -> type:
+def _axis_data_class(name: str) -> type:
     # A subclass compares unequal to its base, so JAX's caches of batched jaxprs keep the two apart.
-    return type("MovedAxisData", (_batching.AxisData,), {"__slots__": ()})
+    return type(name, (_batching.AxisData,), {"__slots__": ()})
 
 
-def as_moved(axis_data: Any) -> Any:
-    """Marks a vmap level as seen from inside control flow that JAX batched, where axes move."""
-    cls = _moved_axis_data_class()
+def _marked(axis_data: Any, cls: type) -> Any:
     if isinstance(axis_data, cls):
         return axis_data
     return cls(**{f.name: getattr(axis_data, f.name) for f in dataclasses.fields(axis_data)})
 
 
+def as_moved(axis_data: Any) -> Any:
+    """Marks a vmap level as seen from inside control flow that JAX batched, where axes move."""
+    return _marked(axis_data, _axis_data_class("MovedAxisData"))
+
+
 def is_moved(axis_data: Any) -> bool:
-    return isinstance(axis_data, _moved_axis_data_class())
+    return isinstance(axis_data, _axis_data_class("MovedAxisData"))
+
+
+def as_parted(axis_data: Any) -> Any:
+    """Marks a vmap level as seen from inside a pure cond whose predicate is batched.
+
+    JAX makes a select of it. Should a rule of custom derivatives in it turn out to set state, later,
+    nothing knows any more which lanes it is for: `in_parted_rule` says so then.
+    """
+    return _marked(axis_data, _axis_data_class("PartedAxisData"))
+
+
+_rules = threading.local()
+
+
+def in_parted_rule() -> bool:
+    return getattr(_rules, "parted", False)
+
+
+@contextlib.contextmanager
+def parted_rule(parted: bool = True) -> Iterator[None]:
+    before = in_parted_rule()
+    _rules.parted = parted
+    try:
+        yield
+    finally:
+        _rules.parted = before
+
+
+def _mark_rules_of_parted_lanes() -> None:
+    """Lets `in_parted_rule` know."""
+    trace = _batching.BatchTrace
+
+    def mark(rule):
+        def run(*args):
+            with parted_rule():
+                return rule.call_wrapped(*args)
+
+        return _lu.wrap_init(run, debug_info=rule.debug_info)
+
+    def wrap(name, which):
+        original = getattr(trace, name)
+
+        def process(self, *args, **kwargs):
+            if isinstance(self.axis_data, _axis_data_class("PartedAxisData")):
+                args = (*args[:which], mark(args[which]), *args[which + 1 :])
+            return original(self, *args, **kwargs)
+
+        setattr(trace, name, process)
+
+    wrap("process_custom_jvp_call", 2)  # prim, fun, jvp, tracers
+    wrap("process_custom_vjp_call", 3)  # prim, fun, fwd, bwd, tracers
 
 
 def wrap_batching(primitive: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -496,7 +551,8 @@ def wrap_reductions(make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
 def wrap_while_loop(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replaces `jax.lax.while_loop`, and the names that JAX calls it by, by `make(while_loop)`."""
     made = make(_loops.while_loop)
-    for module in (_loops, _control_flow, lax):
+    modules: tuple[Any, ...] = (_loops, _control_flow, lax)
+    for module in modules:
         module.while_loop = made
 
 
@@ -761,6 +817,7 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("jit", _keep_token_in_module),
     ("grad", _keep_state_in_scan),
     ("grad", _keep_state_in_while),
+    ("vmap", _mark_rules_of_parted_lanes),
     ("jit", _delay_fast_path),
     ("jit", _keep_calls),
 )

@@ -39,7 +39,7 @@ def count_with_data(index, x):
 
 
 def count_shared(index, x):
-    """The same, with one state for all lanes."""
+    """The same, with one state for all lanes; what is got depends on nothing, and could leave a loop."""
     s = storax.get_state(index, jnp.float32(0))
     storax.set_state(index, s + 1)
     return x * s

@@ -35,7 +35,7 @@ def peak():
 before = peak()
 make(jnp.float32(1))
 for i in range(100):
-    out = update(i)
+    out = update(jnp.int32(i))
 out.block_until_ready()
 print(peak() - before)
 """

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from . import _core, _jax
@@ -175,6 +176,8 @@ class _Run:
                 elif eqn.primitive is get_p:
                     outs = _get(self.types, eqn, ins, state)
                 elif eqn.primitive in (set_p, set_masked_p):
+                    # A literal may be a scalar of Python's own.
+                    ins = [jnp.asarray(x, v.aval.dtype) for x, v in zip(ins, eqn.invars, strict=True)]
                     _set(self.types, eqn, ins, state)
                     outs = []
                 else:

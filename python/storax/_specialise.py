@@ -7,6 +7,7 @@ form, which programs over several devices take, all are lent. Anything else runs
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,12 @@ def _as_arrays(result: Any) -> Any:
         return result
     template = _core.Template(treedef, [None if is_array(x) else x for x in leaves])
     return {template: tuple(x for x in leaves if is_array(x))}
+
+
+def _alive(this: "weakref.ref[Specialised]") -> "Specialised":
+    specialised = this()
+    assert specialised is not None  # whoever traces has it
+    return specialised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +87,9 @@ class Specialised:
         self._traces: dict[Any, Trace] = {}
         self._compiled: dict[Placement, Any] = {}
         self._program: Any = None  # what the call path runs
-        self._plain = self._jit(self._returning_arrays)
+        # What is compiled must not hold this, which holds it.
+        this = self._this = weakref.ref(self)
+        self._plain = self._jit(lambda *arrays: _alive(this)._returning_arrays(*arrays))
 
     def plain(self, *arrays: Any) -> Any:
         """The call as `jax.jit` does it, or a transformation that is at work around it."""
@@ -174,6 +183,8 @@ class Specialised:
         return made
 
     def _make(self, placement: Placement) -> Callable[..., Any]:
+        this = self._this
+
         def hoisted(*args):
             lent: dict[int, Any] = {}
             arrays: Sequence[Any] = args
@@ -181,7 +192,7 @@ class Specialised:
                 donated, read, *arrays = args
                 lent.update(zip(placement.donated, donated, strict=True))
                 lent.update(zip(placement.read, read, strict=True))
-            return self._hoisted(placement, lent, arrays)
+            return _alive(this)._hoisted(placement, lent, arrays)
 
         shift = 2 if placement.takes_states else 0
         changes: dict[str, Any] = {}

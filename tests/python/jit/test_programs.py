@@ -244,7 +244,7 @@ _MEMORY = """
     before = peak()
     make(jnp.float32(1))
     for i in range(100):
-        out = update(i)
+        out = update(jnp.int32(i))
     out.block_until_ready()
     print(peak() - before)
 """

@@ -1,6 +1,7 @@
 """A training step of a network with BatchNorm."""
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contenders import why_missing
 from networks import Form, by_hand, flat, with_equinox, with_storax
-from report import Findings
-from timing import AGAIN, Clock, repeated
+from report import Findings, Goal
+from timing import AGAIN, Clock, Spread, repeated
 
 import storax
 
@@ -20,6 +20,7 @@ LABELS = {
     HAND: "by hand, jax.jit",
     "storax": "storax, jax.jit",
     "storax.jit": "storax, storax.jit",
+    "storax.jit-module": "storax, storax.jit, of modules",
     "storax-filter": "storax, eqx.filter_jit",
     "eqx-filter": "eqx.nn.State, eqx.filter_jit",
     "eqx": "eqx.nn.State, jax.jit",
@@ -69,10 +70,14 @@ def _of_arrays(form: Form, batch: Any, jit: Callable[..., Any] = jax.jit) -> Tra
     return Training(form, leaves, step, batch)
 
 
-def _of_modules(form: Form, batch: Any) -> Training:
+_filter_jit = functools.partial(eqx.filter_jit, donate="all-except-first")
+_storax_jit = functools.partial(storax.jit, donate_argnums=(1, 2))
+
+
+def _of_modules(form: Form, batch: Any, jit: Callable[..., Any] = _filter_jit) -> Training:
     """Parameters as the model itself, as one writes it with Equinox."""
 
-    @functools.partial(eqx.filter_jit, donate="all-except-first")
+    @jit
     def step(batch, model, state):
         xs, targets = batch
 
@@ -98,9 +103,6 @@ def measure(quick: bool, large: bool) -> Findings:
         "Under `jax.jit` the parameters are a list of arrays, under `eqx.filter_jit` the model "
         "itself; all are donated.",
     )
-    why = why_missing("storax:jit")
-    if why:
-        found.leave_out(LABELS["storax.jit"], why)
     for size, (width, batch_size) in list(SIZES.items())[: 1 if quick else None]:
         keys = jax.random.split(jax.random.key(1))
         batch = tuple(jax.random.normal(key, (batch_size, width)) for key in keys)
@@ -108,12 +110,12 @@ def measure(quick: bool, large: bool) -> Findings:
             HAND: _of_arrays(by_hand(width, DEPTH), batch),
             AGAIN: _of_arrays(by_hand(width, DEPTH), batch),
             "storax": _of_arrays(with_storax(width, DEPTH), batch),
+            "storax.jit-module": _of_modules(with_storax(width, DEPTH), batch, _storax_jit),
             "storax-filter": _of_modules(with_storax(width, DEPTH), batch),
             "eqx-filter": _of_modules(with_equinox(width, DEPTH), batch),
             "eqx": _of_arrays(with_equinox(width, DEPTH), batch),
+            "storax.jit": _of_arrays(with_storax(width, DEPTH), batch, storax.jit),
         }
-        if not why:
-            trained["storax.jit"] = _of_arrays(with_storax(width, DEPTH), batch, storax.jit)
         _check(trained)
         clock = Clock(rounds=20 if quick else 200, seconds=0.002)
         samples = clock.measure({key: repeated(each) for key, each in trained.items()})
@@ -121,13 +123,42 @@ def measure(quick: bool, large: bool) -> Findings:
         title = f"{size}: width {width}, batch of {batch_size}"
         found.add_table(title, samples, LABELS, HAND)
         for key in ("storax", "storax.jit"):
-            if key in trained:
-                text = f"{size} training step, {LABELS[key]}, to by hand"
-                found.add_goal(text, 1.05, samples, key, HAND)
+            text = f"{size} training step, {LABELS[key]}, to by hand"
+            found.add_goal(text, 1.05, samples, key, HAND)
         if size == "small":
-            text = f"{size} training step, {LABELS['eqx-filter']}, to {LABELS['storax']}"
-            found.add_goal(text, 3, samples, "eqx-filter", "storax", at_least=True, baseline=HAND)
+            for key in ("storax", "storax.jit"):
+                text = f"{size} training step, {LABELS['eqx-filter']}, to {LABELS[key]}"
+                found.add_goal(text, 3, samples, "eqx-filter", key, at_least=True, baseline=HAND)
+    _measure_residual(found, quick)
     return found
+
+
+def _measure_residual(found: Findings, quick: bool) -> None:
+    width, depth, batch_size = 16, 50, 4
+    keys = jax.random.split(jax.random.key(1))
+    batch = tuple(jax.random.normal(key, (batch_size, width, 8, 8)) for key in keys)
+    forms = {HAND: by_hand, AGAIN: by_hand, "storax.jit": with_storax}
+    first_calls: dict[str, list[float]] = {key: [] for key in forms}
+    trained = {}
+    for _ in range(1 if quick else 3):
+        for key, form in forms.items():
+            jit = storax.jit if key == "storax.jit" else jax.jit
+            trained[key] = _of_arrays(form(width, depth, residual=True), batch, jit)
+            start = time.perf_counter()
+            jax.block_until_ready(trained[key]())
+            first_calls[key].append(time.perf_counter() - start)
+    clock = Clock(rounds=10 if quick else 100, seconds=0.002, at_most=40)
+    samples = clock.measure({key: repeated(each) for key, each in trained.items()})
+    title = (
+        f"residual: {depth} convolutions of width {width}, batch of {batch_size} images of 8 x 8"
+    )
+    found.add_table(title, samples, LABELS, HAND, first_calls)
+    text = f"residual training step, {LABELS['storax.jit']}, to by hand"
+    found.add_goal(text, 1.05, samples, "storax.jit", HAND)
+    hand, again, ours = (np.array(first_calls[key]) for key in (HAND, AGAIN, "storax.jit"))
+    text = f"residual, first call, {LABELS['storax.jit']}, to by hand"
+    spread = Spread.of(ours / hand)
+    found.goals.append(Goal(text, 1.5, spread, again=Spread.of(again / hand)))
 
 
 def _check(trained: dict[str, Training]) -> None:

@@ -1,5 +1,6 @@
 """A get and a set in each step of a scan: what an operation on state costs inside of a program."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contenders import why_missing
 from jax import lax
 from report import Findings
 from timing import AGAIN, Clock, Samples, repeated
@@ -168,15 +168,12 @@ def measure(quick: bool, large: bool) -> Findings:
         NOTHING: _nothing(steps),
         AGAIN: _nothing(steps),
         "storax": _storax(steps),
+        "storax.jit": _storax(steps, storax.jit),
         CARRY: _carry(steps),
         "ref": _ref(steps),
         "io_callback": _io_callback(callbacks),
         "io_callback-1": _io_callback(callbacks, one_for_both=True),
     }
-    if why := why_missing("storax:jit"):
-        found.leave_out(LABELS["storax.jit"], why)
-    else:
-        loops["storax.jit"] = _storax(steps, storax.jit)
     for key, loop in loops.items():
         _check(key, loop)
     clock = Clock(rounds=10 if quick else 60, seconds=0.001)
@@ -188,10 +185,66 @@ def measure(quick: bool, large: bool) -> Findings:
     found.add_goal(f"{pair} to {LABELS[NOTHING]}", 1.4, samples, "storax", NOTHING)
     text = f"{LABELS['io_callback']}, to {pair}"
     found.add_goal(text, 300, samples, "io_callback", "storax", at_least=True, baseline=NOTHING)
-    if "storax.jit" in loops:
-        text = f"{pair}, storax.jit, to a carry"
-        found.add_goal(text, 1.05, samples, "storax.jit", CARRY, baseline=NOTHING)
+    for kind, state, n in (
+        ("a scalar", jnp.zeros(()), steps),
+        ("1 MiB", jnp.zeros((512, 512)), 100),
+        ("a row of f32[4096,256]", jnp.zeros((4096, 256)), 4096),
+    ):
+        _measure_in_place(found, kind, state, n, quick)
     return found
+
+
+def _measure_in_place(found: Findings, kind: str, state: Any, steps: int, quick: bool) -> None:
+    """storax.jit beside a carry written by hand, of the same update."""
+
+    def update(state, i):
+        if kind.startswith("a row"):
+            return state.at[i].add(1.0)
+        return state + 1.0
+
+    def counted(i, state):
+        return (i if state.ndim == 0 else 0 * i) + state.reshape(-1)[0] * 0
+
+    def by_hand():
+        @functools.partial(jax.jit, donate_argnums=0)
+        def program(state):
+            body = lambda s, i: (update(s, i), counted(i, s))
+            return jax.lax.scan(body, state, jnp.arange(steps))[0], 0
+
+        kept = state + 0
+
+        def run():
+            nonlocal kept
+            kept, _ = program(kept)
+            return kept
+
+        return run
+
+    def ours():
+        index = storax.StateIndex()
+        storax.set_state(index, state)
+
+        @storax.jit
+        def program():
+            def body(c, i):
+                s = storax.get_state(index, state)
+                storax.set_state(index, update(s, i))
+                return c, counted(i, s)
+
+            return jax.lax.scan(body, 0.0, jnp.arange(steps))[0]
+
+        return program
+
+    loops = {CARRY: by_hand(), AGAIN: by_hand(), "storax.jit": ours()}
+    for run in loops.values():
+        for _ in range(3):
+            jax.block_until_ready(run())
+    clock = Clock(rounds=10 if quick else 100, seconds=0.002)
+    samples = clock.measure({key: repeated(run) for key, run in loops.items()})
+    samples = Samples({key: samples.seconds[key] / steps for key in loops})
+    found.add_table(f"Time per step: {kind}", samples, LABELS, CARRY)
+    text = f"a step that updates {kind}, storax.jit to a carry"
+    found.add_goal(text, 1.05, samples, "storax.jit", CARRY)
 
 
 def _check(key: str, loop: Loop) -> None:

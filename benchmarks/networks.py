@@ -1,5 +1,6 @@
 """One network with BatchNorm in three forms: its state by hand, by storax, by Equinox."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,33 +47,42 @@ class HandBatchNorm(eqx.Module):
 
 
 class Network(eqx.Module):
-    """Layers of one width, each with its norm."""
+    """Layers of one width, each with its norm: linear maps, or, residual, convolutions."""
 
-    linears: list[eqx.nn.Linear]
+    linears: list[Any]
     norms: list[Any]
+    residual: bool = eqx.field(static=True)
 
-    def __init__(self, width: int, depth: int, norm: Callable[[int], Any]):
+    def __init__(self, width: int, depth: int, norm: Callable[[int], Any], residual: bool = False):
         keys = jax.random.split(jax.random.key(0), depth)
-        self.linears = [eqx.nn.Linear(width, width, key=key) for key in keys]
+        if residual:
+            conv = functools.partial(eqx.nn.Conv2d, width, width, 3, padding=1)
+            self.linears = [conv(key=key) for key in keys]
+        else:
+            self.linears = [eqx.nn.Linear(width, width, key=key) for key in keys]
         self.norms = [norm(width) for _ in range(depth)]
+        self.residual = residual
+
+    def _activate(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + jax.nn.relu(y) if self.residual else jax.nn.relu(y)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = jax.nn.relu(norm(linear(x)))
+            x = self._activate(x, norm(linear(x)))
         return x
 
     def by_hand(self, x: jax.Array, running: list[Statistics]) -> tuple[jax.Array, Any]:
         new = []
         for linear, norm, old in zip(self.linears, self.norms, running, strict=True):
-            x, updated = norm(linear(x), old)
-            x = jax.nn.relu(x)
+            y, updated = norm(linear(x), old)
+            x = self._activate(x, y)
             new.append(updated)
         return x, new
 
     def with_equinox(self, x: jax.Array, state: eqx.nn.State) -> tuple[jax.Array, Any]:
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            x, state = norm(linear(x), state)
-            x = jax.nn.relu(x)
+            y, state = norm(linear(x), state)
+            x = self._activate(x, y)
         return x, state
 
 
@@ -90,16 +100,16 @@ class Form:
     statistics: Callable[[Network, Any], Statistics]
 
 
-def by_hand(width: int, depth: int) -> Form:
+def by_hand(width: int, depth: int, residual: bool = False) -> Form:
     return Form(
-        Network(width, depth, HandBatchNorm),
+        Network(width, depth, HandBatchNorm, residual),
         [(jnp.zeros((width,)), jnp.ones((width,))) for _ in range(depth)],
         lambda model, state, xs: _over_batch(model.by_hand)(xs, state),
         lambda model, state: state[-1],
     )
 
 
-def with_storax(width: int, depth: int) -> Form:
+def with_storax(width: int, depth: int, residual: bool = False) -> Form:
     def norm(size):
         return storax.BatchNorm(size, BATCH, momentum=MOMENTUM, mode="batch")
 
@@ -111,7 +121,7 @@ def with_storax(width: int, depth: int) -> Form:
         like = jnp.zeros((width,))
         return storax.get_state(model.norms[-1].state_index, like=(like, like))
 
-    return Form(Network(width, depth, norm), None, call, statistics)
+    return Form(Network(width, depth, norm, residual), None, call, statistics)
 
 
 def with_equinox(width: int, depth: int) -> Form:

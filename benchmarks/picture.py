@@ -1,6 +1,6 @@
 """Pictures of what was found."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -40,6 +40,8 @@ def draw(findings: Sequence[Findings], folder: Path) -> list[Path]:
     named = {f.name: f for f in findings}
     if "slots" in named:
         drawn.append(_save(_draw_slots(named["slots"]), folder / "slots.png"))
+    if "sizes" in named:
+        drawn.append(_save(_draw_sizes(named["sizes"]), folder / "sizes.png"))
     if any(f.goals for f in findings):
         drawn.append(_save(_draw_goals(findings), folder / "goals.png"))
     return drawn
@@ -56,18 +58,41 @@ def _tidy(ax: Axes) -> None:
     ax.tick_params(which="both", length=0, labelcolor=INK)
 
 
-# --- Slots ----------------------------------------------------------------------------------------
+# --- What grows ----------------------------------------------------------------------------------------
 
 
 def _draw_slots(found: Findings) -> Figure:
+    return _draw_growth(
+        found,
+        "slots",
+        lambda n: f"{n:,}",
+        "states of f32[128], each read and written once per call",
+        "Time of a call, by how state is kept",
+    )
+
+
+def _draw_sizes(found: Findings) -> Figure:
+    return _draw_growth(
+        found,
+        "bytes",
+        lambda n: f"{n} B" if n < 1024 else f"{n >> 10} KiB" if n < 1 << 20 else f"{n >> 20} MiB",
+        "size of a state of which each call updates one element",
+        "Time of a call, by how large the state is",
+    )
+
+
+def _draw_growth(
+    found: Findings, by: str, text: Callable[[int], str], xlabel: str, title: str
+) -> Figure:
+    """Lines of time over what grows, which is in each table's `at[by]`."""
     labels = {row.key: row.label for table in found.tables for row in table.rows}
     labels.pop(AGAIN, None)
-    counts = [table.at["slots"] for table in found.tables]
+    counts = [table.at[by] for table in found.tables]
     figure = Figure(figsize=(9.5, 5.4), layout="constrained")
     ax = figure.subplots()
     ends = []
     for key, label in labels.items():
-        rows = {table.at["slots"]: table.row(key) for table in found.tables}
+        rows = {table.at[by]: table.row(key) for table in found.tables}
         points = [(n, row.time.median) for n, row in rows.items() if row]
         ours = key.startswith("storax")
         strong = ours or key == "hand"
@@ -83,7 +108,7 @@ def _draw_slots(found: Findings) -> Figure:
         )
         ends.append((points[-1], f"{label}  {seconds(points[-1][1])}", colour, strong))
     ax.set(xscale="log", yscale="log")
-    ax.set_xticks(counts, [f"{n:,}" for n in counts])
+    ax.set_xticks(counts, [text(n) for n in counts])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(
         FuncFormatter(lambda y, _: seconds(y).replace(".00", "").replace(".0", ""))
@@ -91,8 +116,8 @@ def _draw_slots(found: Findings) -> Figure:
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.grid(axis="y", color="#e6e6e6", lw=0.8)
     ax.set_axisbelow(True)
-    ax.set_xlabel("states of f32[128], each read and written once per call", color=INK)
-    ax.set_title("Time of a call, by how state is kept", loc="left", color=INK, fontweight="bold")
+    ax.set_xlabel(xlabel, color=INK)
+    ax.set_title(title, loc="left", color=INK, fontweight="bold")
     _tidy(ax)
     _label_ends(ax, ends, x=1.3 * max(counts))
     return figure

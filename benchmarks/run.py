@@ -20,7 +20,17 @@ from pathlib import Path
 from report import Findings, goals_as_markdown
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("slots", "scan", "eager", "flatten", "import", "tracing", "batch_norm")
+BENCHMARKS = (
+    "slots",
+    "call",
+    "scan",
+    "sizes",
+    "eager",
+    "flatten",
+    "import",
+    "tracing",
+    "batch_norm",
+)
 PACKAGES = ("storax", "jax", "jaxlib", "equinox", "flax", "numpy")
 
 

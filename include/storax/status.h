@@ -11,6 +11,9 @@ enum class Status {
   kWrongDevice,      // the slot lives on another device; nothing was read or written
   kPartialFirstSet,  // first set, under a mask that does not cover every lane; nothing was written
   kNoSuchRow,        // a row outside of the stacked state; nothing was read or written
+  kLent,             // the state is lent out; nothing was read or written
+  kChanged,          // the state is no longer the one to be lent out; nothing was done
+  kLost,             // the state was lent out and never came back; nothing was read
   kOutOfMemory,      // no memory for the state; nothing was written
   kDropped,          // the index, and every program that named it, is gone
 };

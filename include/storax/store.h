@@ -5,6 +5,10 @@
 // each. When the last goes, the state's memory is freed and the id is dead for ever: the table
 // entry is reused under a new generation, and an operation that names the old one gets kDropped.
 //
+// A state can be lent out: it then lies in memory of somebody else's, who works on it in place, and
+// operations report kLent. A slot that compiled programs run operations on must not be lent out.
+// Whoever lends a state, or calls it back, holds the slot's loan mutex.
+//
 // Threads: everything here may be called from any thread. An operation on a slot is atomic: readers
 // see the whole of one set, never parts of two.
 #pragma once
@@ -12,6 +16,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -42,6 +48,18 @@ struct Event {
   std::vector<std::byte> first_leaf;  // at most its first 16 bytes
 };
 
+// A state that is lent out, in whatever form its keeper has it. It may end on any thread.
+class Loan {
+ public:
+  Loan() = default;
+  Loan(const Loan&) = delete;
+  Loan& operator=(const Loan&) = delete;
+  virtual ~Loan() = default;
+};
+
+// Differs from what it was if any state has been lent out, or called back, or needs to be in place.
+std::int64_t layout_epoch() noexcept;
+
 class Slot {
  public:
   // Copies the state into `out`, laid out as `want` says.
@@ -66,13 +84,16 @@ class Slot {
   Status set_row(SlotId id, Device device, TypeId type, std::int64_t row,
                  std::span<const bool* const> masks, ConstLeaves in) noexcept;
 
+  // What a set would report; kOk if it would be the first one.
+  Status can_set(SlotId id, Device device, TypeId type) noexcept;
+
   // A message for a failed operation: which index, what it holds, what was asked, how to mend it.
   // `op` is "get_state" or "set_state".
   std::string explain(SlotId id, Status status, std::string_view op, Device device, TypeId asked);
 
   std::string name();
   TypeId type() noexcept;         // kNoType until the first set
-  Device device() noexcept;       // kNoDevice until the first set, or if mapped over a mesh
+  Device device() noexcept;       // kNoDevice until the first set, or if it is on several
   std::vector<Device> devices();  // those with a state, in the order of their first sets
   // Grows with every set; equal versions mean equal states. One atomic load.
   std::int64_t version() const noexcept { return version_.load(std::memory_order_acquire); }
@@ -86,6 +107,30 @@ class Slot {
   // How many operations in compiled programs name this slot.
   std::int64_t num_programs() const noexcept { return programs_.load(std::memory_order_acquire); }
   void add_program(std::int64_t n) noexcept;
+
+  // Taken for as long as it takes to dispatch a program; never wait for it holding the GIL.
+  std::recursive_mutex& loan_mutex() noexcept { return loan_mutex_; }
+
+  // Frees the state's memory: it is `loan` from here on. Fixes type and device as a set does; the
+  // device is kNoDevice if the state is spread over several. kChanged, and nothing done, if
+  // `version` is neither the state's nor -1.
+  Status lend(SlotId id, Device device, TypeId type, std::unique_ptr<Loan> loan,
+              std::int64_t version = -1) noexcept;
+  // Ends the loan: `in` is the state, in the slot's own memory on the device it was lent from.
+  Status reclaim(SlotId id, ConstLeaves in) noexcept;
+  // Ends the loan, and the state is lost: until the next set, operations report kLost.
+  void lose() noexcept;
+  // The loan, or nullptr; valid while the mutex is held.
+  Loan* loan() noexcept;
+  // Says that the lent state has changed.
+  void touch() noexcept;
+  bool has_memory() noexcept;  // neither unset, nor lent out, nor lost
+
+  // Pins keep a state in place, as programs do: for those that are still to come.
+  bool is_pinned() const noexcept {
+    return pins_.load(std::memory_order_acquire) > 0 || num_programs() > 0;
+  }
+  void pin(std::int64_t n) noexcept;
 
   // Starts to keep the next `capacity` events, forgetting earlier ones; 0 stops.
   void watch(std::size_t capacity);
@@ -132,6 +177,11 @@ class Slot {
   std::atomic<std::int64_t> version_{0};  // written under lock_ only
   std::atomic<std::int64_t> programs_{0};
   std::atomic<std::int64_t> refs_{0};
+
+  std::recursive_mutex loan_mutex_;
+  std::unique_ptr<Loan> loan_ STORAX_GUARDED_BY(lock_);
+  Device loan_device_ STORAX_GUARDED_BY(lock_) = kNoDevice;
+  std::atomic<std::int64_t> pins_{0};
 };
 
 // The slot that `id` names, or a later user of its table entry; nullptr if no slot ever had it. The

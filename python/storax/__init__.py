@@ -1,6 +1,7 @@
 """State for JAX programs: save and load JAX arrays as a side effect of JAX operations, even under JIT."""
 
 from ._index import StateIndex
+from ._jit import jit
 from ._layers import BatchNorm, SpectralNorm
 from ._operations import get_state, set_state
 from ._serialise import tree_deserialise_leaves, tree_serialise_leaves
@@ -13,6 +14,7 @@ __all__ = [
     "StateIndex",
     "barrier",
     "get_state",
+    "jit",
     "set_state",
     "stack",
     "tree_deserialise_leaves",

@@ -4,7 +4,6 @@ import copy
 import os
 import sys
 import types
-import weakref
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox import _compile_utils as eqx_compile_utils
 
-from . import _jax, _serialise, _store
+from . import _core, _jax, _serialise, _store
 from ._install import install
 from ._slot import Published, Slot, type_parts
 
@@ -72,48 +71,6 @@ class _Held:
 NOTHING_HELD = _Held(-1, (), -1)
 
 
-class _Aux:
-    """The static part of an index as a PyTree node."""
-
-    __slots__ = ("_slot", "held", "rows", "slot_id", "was")
-
-    def __init__(
-        self, slot: Slot, held: _Held | None, rows: int | None, was: bool | None, weak: bool
-    ):
-        self.slot_id = slot.id  # never reused
-        self._slot = weakref.ref(slot) if weak else slot
-        self.held = held
-        self.rows = rows
-        # While `equinox.tree_at` is at work: the flag behind its placeholder. That is how a flag
-        # that is toggled differs from one that a mask has taken the place of.
-        self.was = was
-
-    @property
-    def slot(self) -> Slot:
-        slot = self._slot() if isinstance(self._slot, weakref.ref) else self._slot
-        if slot is None:
-            raise RuntimeError(
-                "storax: a StateIndex cannot be put together again, as no copy of it is left."
-            )
-        return slot
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Aux)
-            and self.slot_id == other.slot_id
-            and self.held == other.held
-            and self.rows == other.rows
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.slot_id, self.held, self.rows))
-
-    def __repr__(self) -> str:
-        slot = self._slot() if isinstance(self._slot, weakref.ref) else self._slot
-        name = "no longer alive" if slot is None else slot.core.name
-        return name if self.held is None else f"{name}, frozen"
-
-
 # JAX keeps the PyTree structures of a program's arguments in global caches. The ones that
 # `equinox.filter_jit` makes for that must not keep the state alive with them.
 _FLATTEN_FOR_JIT = getattr(eqx_compile_utils.hashable_partition, "__code__", None)
@@ -159,7 +116,6 @@ def _flag_behind(leaf: Any) -> bool | None:
     return None
 
 
-@jtu.register_pytree_with_keys_class
 class StateIndex:
     """A place to keep state: save and load JAX arrays there as a side effect, even under JIT.
 
@@ -241,7 +197,7 @@ class StateIndex:
         self._look_up(waited)
         was = _flag_behind(self.inference)
         row = () if self._rows is None else (self._row,)
-        aux = _Aux(self._slot, self._held, self._rows, was, weak)
+        aux = _core.IndexAux(self._slot, self._slot.id, self._held, self._rows, was, weak)
         flat = (self.inference, *row, *self._leaves), aux
         if self._rows is None and (self._held is None or self._is_looked_up()):
             self._flat = self.inference, self._held, self._leaves, self._slot, weak, flat
@@ -266,7 +222,7 @@ class StateIndex:
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: tuple[Any, ...]) -> "StateIndex":
-        if not isinstance(aux, _Aux):
+        if not isinstance(aux, _core.IndexAux):
             return aux.unflatten(children)  # Equinox is saving or loading it
         self = object.__new__(cls)
         self._slot, self._held, self._rows, self._flat = aux.slot, aux.held, aux.rows, None
@@ -365,6 +321,11 @@ class StateIndex:
     def __repr__(self) -> str:
         return f"StateIndex(inference={self.inference}, name={self._slot.core.name!r})"
 
+
+_core.set_index(StateIndex, [_TREE_UTIL, _HERE], _serialise.EQUINOX, _FLATTEN_FOR_JIT)
+jtu.register_pytree_with_keys(
+    StateIndex, StateIndex.tree_flatten_with_keys, _core.unflatten_index, _core.flatten_index
+)
 
 _FIELDS = [name for name in StateIndex.__slots__ if name != "__weakref__"]
 

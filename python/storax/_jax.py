@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ def _private(name: str) -> Any:
 
 _ad_checkpoint = _private("ad_checkpoint")  # remat_p
 _config = _private("config")  # whether shard_map checks varying axes
+_api_util = _private("api_util")  # static arguments
 _core = _private("core")  # abstract values, the current trace
 _custom = _private("custom_derivatives")  # the rules inside of custom_jvp and custom_vjp equations
 _dispatch_module = _private("dispatch")  # the tokens between programs over several devices
@@ -68,6 +70,7 @@ Tracer = jax.core.Tracer
 Array = _private("array").ArrayImpl  # what is really on a device, as jax.Array alone does not say
 Literal = _core.Literal  # jax.extend.core.Literal is the same class
 Zero = _ad.Zero  # the tangent of a constant
+abstract_token = _core.abstract_token
 JaxRuntimeError = jax.errors.JaxRuntimeError
 
 
@@ -158,6 +161,36 @@ def vary_over_mesh(aval: Any) -> Any:
     return aval.update(**changes)
 
 
+def as_strong(x: Any) -> Any:
+    """The same value, not weakly typed."""
+    if not jax.typeof(x).weak_type:
+        return x
+    return lax.convert_element_type(x, x.dtype)
+
+
+def as_sharded(x: Any, aval: Any) -> Any:
+    """The same value, sharded as the type of an Explicit mesh says."""
+    wanted = getattr(aval, "sharding", None)
+    if wanted is None or wanted.mesh.empty or jax.typeof(x).sharding == wanted:
+        return x
+    return jax.sharding.reshard(x, wanted)
+
+
+def jit_like(f: Callable[..., Any], params: dict[str, Any]) -> Callable[..., Any]:
+    """`jax.jit` of `f(first, *args) -> (results, last)`, `args` and `results` as a jit equation's."""
+
+    def given(shardings):
+        return [None if type(s).__name__ == "UnspecifiedValue" else s for s in shardings]
+
+    ins, outs = given(params["in_shardings"]), given(params["out_shardings"])
+    kwargs: dict[str, Any] = {}
+    if any(s is not None for s in ins):
+        kwargs["in_shardings"] = (None, *ins)
+    if any(s is not None for s in outs):
+        kwargs["out_shardings"] = (outs, None)
+    return jax.jit(f, **kwargs)
+
+
 def make_varying(x: Any, names: frozenset[str]) -> Any:
     """The same value, marked as differing from device to device over these mesh axes too."""
     missing = tuple(n for n in names if n not in varying_axes(_core.typeof(x)))
@@ -196,6 +229,10 @@ def state_effects(*jaxprs: Any) -> set[StateEffect]:
     return {e for jaxpr in jaxprs for e in jaxpr.effects if isinstance(e, StateEffect)}
 
 
+def is_state(effect: Any) -> bool:
+    return isinstance(effect, StateEffect)
+
+
 def has_state(*jaxprs: Any) -> bool:
     """Whether any of these jaxprs or equations gets or sets state."""
     return any(isinstance(e, StateEffect) for jaxpr in jaxprs for e in jaxpr.effects)
@@ -209,6 +246,25 @@ def open_jaxpr(jaxpr: Any) -> Any:
 def call_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
     """Evaluates a closed jaxpr."""
     return _core.eval_jaxpr(open_jaxpr(jaxpr), jaxpr.consts, *args)
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs among an equation's parameters, opened."""
+    found = []
+    for value in eqn.params.values():
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, _core.Jaxpr) or type(x).__name__ == "ClosedJaxpr":
+                found.append(open_jaxpr(x))
+    return found
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Any) -> Iterator[None]:
+    """Where an equation is evaluated again: under its own name scopes and configuration."""
+    source = eqn.source_info
+    stack = _source_info.current_name_stack() + source.name_stack
+    with _source_info.user_context(source.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
 
 
 def bind_equation(eqn: Any, args: Sequence[Any]) -> list[Any]:
@@ -316,14 +372,36 @@ def ordered_ffi_call(
 
     The order is a token's, threaded through the module by JAX's own machinery for ordered effects.
     """
-    token = ctx.tokens_in.get(effect)
-    call_ctx = ctx.replace(
-        avals_in=[_core.abstract_token, *avals_in], avals_out=[_core.abstract_token, *avals_out]
+    token, *results = ffi_call(
+        ctx,
+        target,
+        [ctx.tokens_in.get(effect), *operands],
+        [abstract_token, *avals_in],
+        [abstract_token, *avals_out],
+        **attributes,
     )
-    lower = jax.ffi.ffi_lowering(target, has_side_effect=True)
-    token, *results = lower(call_ctx, token, *operands, **attributes)
     ctx.set_tokens_out(ctx.tokens_in.update_tokens(_mlir.TokenSet({effect: token})))
     return results
+
+
+def ffi_call(
+    ctx: Any,
+    target: str,
+    operands: Sequence[Any],
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    **attributes: Any,
+) -> list[Any]:
+    """Lowers to a custom call with a side effect; its results' IR values."""
+    lower = jax.ffi.ffi_lowering(target, has_side_effect=True)
+    return lower(
+        ctx.replace(avals_in=list(avals_in), avals_out=list(avals_out)), *operands, **attributes
+    )
+
+
+def platforms(ctx: Any) -> tuple[str, ...]:
+    """The platforms that a module is lowered for."""
+    return tuple(ctx.platforms or ctx.module_context.platforms)
 
 
 def keep_alive(ctx: Any, obj: Any) -> None:
@@ -743,6 +821,46 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("jit", _delay_fast_path),
     ("jit", _keep_calls),
 )
+
+
+# --- The call path of storax.jit -------------------------------------------------------------------
+
+
+def call_path() -> tuple[Any, ...]:
+    """What `_core.set_jax` takes: how to flatten, what an array is, and what is out of the ordinary.
+
+    The latter is a list of configurations, each followed by the value it ordinarily has.
+    """
+    arrays = (jax.Array, np.ndarray, np.generic)
+    ordinary = [
+        *(_core.trace_state_strong_ref, _core.eval_trace),
+        *(_core.axis_env_state, _core.top_axis_env),
+        *(_config.disable_jit, False),
+        *(_config.debug_nans, False),
+        *(_config.debug_infs, False),
+    ]
+    return jax.tree_util.default_registry.flatten, Array, arrays, ordinary
+
+
+def infer_static(
+    f: Callable[..., Any], argnums: Any, argnames: Any
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of arguments, each completed by the other, as `jax.jit` does."""
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):
+        as_tuple = lambda x, kind: () if x is None else (x,) if isinstance(x, kind) else tuple(x)
+        return as_tuple(argnums, int), as_tuple(argnames, str)
+    return _api_util.infer_argnums_and_argnames(signature, argnums, argnames)
+
+
+def is_ordered(effect: Any) -> bool:
+    return _effects.ordered_effects.contains(effect)
+
+
+def debugs_values() -> bool:
+    """Whether a program whose results are not finite is to be run again, to find out where."""
+    return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs)
 
 
 # --- Running things now ---------------------------------------------------------------------------

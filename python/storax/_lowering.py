@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from . import _core, _jax, _store, _unknown_jax
+from . import _core, _jax, _loans, _packed, _store, _unknown_jax
 from ._primitives import (
     check_frozen,
     frozen_p,
@@ -62,6 +62,7 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     if order:
         _store.mesh_orders[slot_id] = order
     _jax.keep_alive(ctx, _store.Operation(slot, type_id))
+    _loans.recall(slot, op)
     effect = _jax.MESH_STATE if mesh else _jax.STATE
     return _jax.ordered_ffi_call(
         ctx,
@@ -118,7 +119,7 @@ def _lower_frozen(ctx, *held_and_like, **params):
 
 def _refuse_platform(op):
     def rule(ctx, *args, slot, **params):
-        platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
+        platforms = ", ".join(_jax.platforms(ctx))
         raise NotImplementedError(
             f"storax.{op} of {_core.share_slot(slot).name}: state has no handler on {platforms} "
             "yet. Run the program on the CPU, for example under `jax.default_device`."
@@ -136,3 +137,4 @@ def install() -> None:
         _jax.define_lowering(primitive, _refuse_platform(op))
         _jax.define_lowering(primitive, rule, platform="cpu")
     _jax.define_lowering(frozen_p, _lower_frozen)
+    _packed.install()

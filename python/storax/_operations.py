@@ -153,7 +153,7 @@ def _get_now(slot: Slot, like: list[Any], structure: Structure) -> list[Any]:
         parts = type_parts(slot.core.type)
         sizes = tuple(size for _, size in parts.mesh)
         whole = [(*sizes, *shape) for shape in parts.shapes]
-        if structure is parts.structure and [x.shape for x in like] == whole:
+        if parts.mesh and structure is parts.structure and [x.shape for x in like] == whole:
             return [jnp.asarray(x) for x in _store.get_mapped(slot.core, parts)]
     plan = slot.plan
     key = (structure, *[x.shape for x in like])
@@ -231,7 +231,7 @@ def set_state(index: StateIndex, state: Any) -> None:
     leaves, _, structure = _flatten_arrays(state, "state", "set_state", slot)
     if _jax.no_trace() and index._rows is None:
         type_id, ordinal = _store.set(slot.core, structure, leaves, (), ())
-        if leaves and state is leaves[0] and type(state) is _jax.Array:
+        if ordinal >= 0 and leaves and state is leaves[0] and type(state) is _jax.Array:
             slot.quick_set = state.aval, state.sharding, type_id, ordinal
         return
     row, params = _parameters(index, structure, "set_state")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _core, _jax
+from . import _core, _jax, _loans
 from ._slot import from_stored, type_parts
 
 __all__ = ["GET", "SET", "SET_MASKED", "barrier", "get", "register_handlers", "set"]
@@ -24,6 +24,8 @@ SET_MASKED = "storax.set_state_masked"
 GET_ROW = "storax.get_row"
 SET_ROW = "storax.set_row"
 SET_ROW_MASKED = "storax.set_row_masked"
+LOAD = "storax.load_states"
+STORE = "storax.store_states"
 _TARGETS = {
     GET: "get",
     SET: "set",
@@ -31,6 +33,8 @@ _TARGETS = {
     GET_ROW: "get_row",
     SET_ROW: "set_row",
     SET_ROW_MASKED: "set_row_masked",
+    LOAD: "load",
+    STORE: "store",
 }
 
 _pid = os.getpid()
@@ -46,12 +50,13 @@ def _note_fork() -> None:
 os.register_at_fork(after_in_child=_note_fork)
 
 
-@dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation of a program; programs hold these, and so keep their slots alive."""
+    """One operation of a program; programs hold these, and so keep their slots alive, and in place."""
 
-    slot: Any
-    type_id: int
+    def __init__(self, slot: Any, type_id: int):
+        self.slot = slot
+        self.type_id = type_id
+        self._pin = _core.Pin(slot)
 
     def cannot_fail(self) -> bool:
         """Whether the state is there, and of the right type, as it then is for ever."""
@@ -64,10 +69,12 @@ def register_handlers() -> None:
     # XLA wants a platform's types before its handlers, which JAX sees to only once the platform's
     # back end exists.
     jax.local_devices(backend="cpu")
-    jax.ffi.register_ffi_type("storax.Share", _core.share_type(), platform="cpu")
+    for name, registration in _core.handler_types().items():
+        jax.ffi.register_ffi_type(name, registration, platform="cpu")
     handlers = _core.handlers()
     for target, handler in _TARGETS.items():
-        stages = {"instantiate": handlers["instantiate"], "execute": handlers[handler]}
+        made = "instantiate_packed" if target in (LOAD, STORE) else "instantiate"
+        stages = {"instantiate": handlers[made], "execute": handlers[handler]}
         jax.ffi.register_ffi_target(target, stages, platform="cpu")
     jax.ffi.register_ffi_target(_jax.FENCE, handlers["fence"], platform="cpu")
     # A failure that JAX itself has raised need not be raised again.
@@ -175,20 +182,15 @@ def _report_at_exit() -> None:
 
 
 def _device_of(leaves: Sequence[Any], op: str, slot: Any) -> Any:
-    devices = {d for x in leaves for d in x.devices()}
+    """The CPU device that arrays lie on; None if they are spread over several, or on no such one."""
+    devices = {d for x in leaves for d in x.sharding.device_set}
     if not devices:
         return jax.local_devices()[0]
     if len(devices) > 1:
-        raise NotImplementedError(
-            f"storax.{op} of {slot.name}: the arrays lie on {len(devices)} devices. Outside "
-            "`storax.jit` a state lives on one device: move them there with `jax.device_put`."
-        )
+        return None
     (device,) = devices
     if device.platform != "cpu":
-        raise NotImplementedError(
-            f"storax.{op} of {slot.name}: state on {device.platform} devices is not supported yet. "
-            "Keep the arrays on the CPU, for example under `jax.default_device`."
-        )
+        return None
     return device
 
 
@@ -231,11 +233,13 @@ def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]
 def run_get(slot: Any, plan: Plan) -> list[Any]:
     """The state as fresh arrays, as the store keeps them."""
     settle(slot)
+    buffers = slot.get(plan.type_id, plan.ordinal)
+    if buffers is None:
+        lent = _loans.read(slot, plan.type_id)
+        return run_get(slot, plan) if lent is None else lent
     device, committed = plan.device, plan.committed
     leaves = []
-    for buffer, (dtype, shape, aval, sharding) in zip(
-        slot.get(plan.type_id, plan.ordinal), plan.leaves, strict=True
-    ):
+    for buffer, (dtype, shape, aval, sharding) in zip(buffers, plan.leaves, strict=True):
         x = np.ndarray(shape, dtype, buffer)
         leaves.append(_jax.array_from_host(x, aval, sharding, device, committed))
     return leaves
@@ -301,14 +305,17 @@ def set(
 ) -> tuple[int, int]:
     """Copies arrays into the store, those elements where the masks, if given, are true.
 
-    Returns the type's number, and the device's ordinal.
+    Returns the type's number, and the device's ordinal; -1 if they are spread over several.
     """
     if not all(isinstance(x, _jax.Array) for x in state):
         # Under an eager vmap a NumPy argument gets here as it is.
         with _jax.eval_now():
             state = [x if isinstance(x, _jax.Array) else jnp.asarray(np.asarray(x)) for x in state]
-    device = _device_of(state, "set_state", slot)
     type_id = structure.type_id(tuple(x.shape for x in state), levels, mesh)
+    device = _device_of(state, "set_state", slot)
+    if device is None:
+        _loans.set_spread(slot, type_id, state)
+        return type_id, -1
     ordinal = _jax.device_ordinal(device)
     run_set(slot, type_id, ordinal, state, masks)
     return type_id, ordinal
@@ -321,9 +328,11 @@ def run_set(
     settle(slot)
     addresses = [_address(x) for x in state]
     if masks is None:
-        slot.set(type_id, ordinal, addresses)
+        done = slot.set(type_id, ordinal, addresses)
     else:
-        slot.set_masked(type_id, ordinal, [_address(m) for m in masks], addresses)
+        done = slot.set_masked(type_id, ordinal, [_address(m) for m in masks], addresses)
+    if not done and not _loans.write(slot, type_id, state, masks):
+        run_set(slot, type_id, ordinal, state, masks)  # it was lent a moment ago
 
 
 def _address(x: Any) -> int:

@@ -61,7 +61,7 @@ std::string Slot::explain(SlotId id, Status status, std::string_view op, Device 
     if (!is_live(id)) status = Status::kDropped;
     name = name_;
     held = type_;
-    home = home_.device;
+    home = home_.data == nullptr ? loan_device_ : home_.device;
   }
   const Type* asked = find_type(asked_id);
   if (held != nullptr) held_text = held->str();
@@ -95,6 +95,15 @@ std::string Slot::explain(SlotId id, Status status, std::string_view op, Device 
     case Status::kNoSuchRow:
       return text + "it holds " + held_text + ", which has no such row. Use the layers as " +
              "`storax.stack` made them, one slice at a time.";
+    case Status::kChanged:
+      return text + "it has changed.";
+    case Status::kLent:
+      return text + "a program of `storax.jit` is working on its state in place just now.";
+    case Status::kLost:
+      return text +
+             "its state is lost: a program of `storax.jit` that failed was working on it in "
+             "place. Set it again. With `storax.jit(..., donate=False)` a program works on "
+             "a copy, and the state outlives its failure.";
     case Status::kOutOfMemory:
       return text + "no memory for " + asked_text + ".";
     case Status::kDropped:

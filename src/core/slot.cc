@@ -95,6 +95,10 @@ Status Slot::check(SlotId id, Device device, Event::Kind op, TypeId asked,
       return Status::kOutOfMemory;
     }
   }
+  if (home_.data == nullptr) {
+    if (loan_ != nullptr) return Status::kLent;
+    return op == Event::Kind::kSet && device != loan_device_ ? Status::kWrongDevice : Status::kLost;
+  }
   if (inherited) return op == Event::Kind::kGet ? Status::kOk : Status::kNeverSet;
   if (find_cell(device) != nullptr) return Status::kOk;
   if (!type_->is_mapped()) return Status::kWrongDevice;
@@ -144,7 +148,7 @@ Status Slot::prepare_set(SlotId id, Device device, TypeId type, std::vector<Walk
                          Cell** cell) noexcept {
   const Status status = check(id, device, Event::Kind::kSet, type, walks);
   if (status == Status::kOk) *cell = find_cell(device);
-  if (status != Status::kNeverSet) return status;
+  if (status != Status::kNeverSet && status != Status::kLost) return status;
   const Type* asked = find_type(type);
   const bool promoted = type_id_ != kNoType && inherits(*asked);
   const Type* made = type_id_ == kNoType ? asked : type_;
@@ -191,6 +195,14 @@ Status Slot::inherit(SlotId id, Device device, TypeId type) noexcept {
   const Status status = prepare_set(id, device, type, &walks, &made);
   if (status == Status::kOk) std::memcpy(made->data, home_.data, type_->total_bytes());
   return status;
+}
+
+Status Slot::can_set(SlotId id, Device device, TypeId type) noexcept {
+  const SpinGuard guard(lock_);
+  std::vector<Walk> walks;
+  const Status status = check(id, device, Event::Kind::kSet, type, &walks);
+  const bool first = status == Status::kNeverSet || status == Status::kLost;
+  return first ? Status::kOk : status;
 }
 
 Status Slot::set(SlotId id, Device device, TypeId type, ConstLeaves in) noexcept {
@@ -274,7 +286,8 @@ TypeId Slot::type() noexcept {
 
 Device Slot::device() noexcept {
   const SpinGuard guard(lock_);
-  return type_ != nullptr && !type_->is_mapped() ? home_.device : kNoDevice;
+  if (type_ == nullptr || type_->is_mapped()) return kNoDevice;
+  return home_.data == nullptr ? loan_device_ : home_.device;
 }
 
 std::vector<Device> Slot::devices() {

@@ -34,8 +34,10 @@ void Slot::add_program(std::int64_t n) noexcept {
 }
 
 void Slot::drop() noexcept {
+  std::unique_ptr<Loan> loan;  // ends without the lock
   {
     const SpinGuard guard(lock_);
+    loan = std::move(loan_);
     if (type_ != nullptr) {
       free_state(home_.data, *type_);
       for (const Cell& cell : others_) free_state(cell.data, *type_);
@@ -52,6 +54,7 @@ void Slot::drop() noexcept {
     watch_capacity_ = 0;
     version_.store(0, std::memory_order_release);
     live_programs.fetch_sub(programs_.exchange(0, std::memory_order_acq_rel));
+    pins_.store(0, std::memory_order_release);
   }
   live_slots.fetch_sub(1);
   Table& t = table();

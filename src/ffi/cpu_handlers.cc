@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "call_frame.h"
+#include "errors.h"
 #include "handlers.h"
 #include "storax/storax.h"
 #include "xla/ffi/api/ffi.h"
@@ -44,31 +45,6 @@ class Pointers {
   std::vector<T> many_;
 };
 
-xf::ErrorCode code_of(Status status) {
-  switch (status) {
-    case Status::kTypeMismatch:
-      return xf::ErrorCode::kInvalidArgument;
-    case Status::kOutOfMemory:
-      return xf::ErrorCode::kResourceExhausted;
-    default:
-      return xf::ErrorCode::kFailedPrecondition;
-  }
-}
-
-// The slow path: says what went wrong, and remembers it in case nobody blocks on the program.
-xf::Error fail(const Target& target, Status status, std::string_view op, Device device) noexcept {
-  try {
-    Slot* slot = find_slot(target.slot);
-    std::string message = slot == nullptr
-                              ? "storax." + std::string(op) + ": no such StateIndex."
-                              : slot->explain(target.slot, status, op, device, target.type);
-    failures::record(device, message);
-    return xf::Error(code_of(status), std::move(message));
-  } catch (...) {
-    return xf::Error(xf::ErrorCode::kResourceExhausted, "storax: out of memory");
-  }
-}
-
 template <class Body>
 xf::Error guarded(const Target& target, std::string_view op, Device device, Body&& body) noexcept {
   Status status = Status::kDropped;
@@ -79,7 +55,7 @@ xf::Error guarded(const Target& target, std::string_view op, Device device, Body
   }
   if (status == Status::kOk) [[likely]]
     return xf::Error::Success();
-  return fail(target, status, op, device);
+  return failure(target.slot, target.type, status, op, device);
 }
 
 xf::Error get(std::int32_t device, xf::Span<const std::int64_t> state, xf::RemainingArgs,
@@ -187,16 +163,11 @@ xf::TypeInfo share_info = xf::MakeTypeInfo<Share>();
 xf::ErrorOr<std::unique_ptr<Share>> instantiate(xf::Span<const std::int64_t> state) {
   const Target target(state);
   if (target.nonce != process_nonce()) {
-    return xf::Unexpected(xf::Error(
-        xf::ErrorCode::kFailedPrecondition,
-        "storax: this program was compiled in another process, whose state does not exist here. "
-        "Compile it again in this process."));
+    return xf::Unexpected(made_in_another_process());
   }
   SlotRef ref = SlotRef::share(target.slot);
   if (!ref) {
-    return xf::Unexpected(
-        xf::Error(xf::ErrorCode::kFailedPrecondition,
-                  "storax: a StateIndex that this program uses no longer exists."));
+    return xf::Unexpected(slot_is_gone());
   }
   return std::make_unique<Share>(std::move(ref));
 }

@@ -39,4 +39,19 @@ const CpuHandlers& cpu_handlers() noexcept;
 // How many fences have run on this thread.
 std::uint64_t fences_on_this_thread() noexcept;
 
+// Hoisted programs load the states of many slots by one call, and store them by another. The
+// attribute `states` is an array of i64: process_nonce(), then slot id and type id of each.
+//   load:  () -> (s32, leaf...)       leaves in the order of the slots
+//   store: (any..., leaf...) -> ()    nothing is stored unless all can be
+// The s32 is 0: as an operand of store, which does not look at it, it orders that after the load.
+// So do further operands for what else has to be over before.
+struct PackedHandlers {
+  XLA_FFI_Handler* instantiate;
+  XLA_FFI_Handler* load;
+  XLA_FFI_Handler* store;
+  XLA_FFI_TypeId* shares_type_id;
+  XLA_FFI_TypeInfo* shares_type_info;
+};
+const PackedHandlers& cpu_packed_handlers() noexcept;
+
 }  // namespace storax::ffi

@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "../ffi/handlers.h"
+#include "flatten.h"
+#include "jit.h"
 #include "storax/storax.h"
 
 namespace nb = nanobind;
@@ -106,7 +108,8 @@ Status without_gil(const Type& type, Operation&& operation) {
   return operation();
 }
 
-nb::list slot_get(const SlotRef& slot, TypeId type_id, Device device) {
+// None if the state is lent out.
+nb::object slot_get(const SlotRef& slot, TypeId type_id, Device device) {
   const Type& type = type_at(type_id);
   nb::list leaves;
   std::vector<std::byte*> out;
@@ -117,15 +120,17 @@ nb::list slot_get(const SlotRef& slot, TypeId type_id, Device device) {
   }
   const Status status =
       without_gil(type, [&] { return slot->get(slot.id(), device, type_id, out); });
+  if (status == Status::kLent) return nb::none();
   if (status != Status::kOk) raise(slot, status, "get_state", device, type_id);
-  return leaves;
+  return std::move(leaves);
 }
 
 void check_count(const Type& type, std::size_t given) {
   if (given != type.num_leaves()) throw std::invalid_argument("one address per leaf");
 }
 
-void slot_set(const SlotRef& slot, TypeId type_id, Device device,
+// False if the state is lent out.
+bool slot_set(const SlotRef& slot, TypeId type_id, Device device,
               const std::vector<std::uintptr_t>& addresses) {
   const Type& type = type_at(type_id);
   check_count(type, addresses.size());
@@ -133,10 +138,13 @@ void slot_set(const SlotRef& slot, TypeId type_id, Device device,
   for (std::uintptr_t a : addresses) in.push_back(reinterpret_cast<const std::byte*>(a));
   const Status status =
       without_gil(type, [&] { return slot->set(slot.id(), device, type_id, in); });
-  if (status != Status::kOk) raise(slot, status, "set_state", device, type_id);
+  if (status != Status::kOk && status != Status::kLent) {
+    raise(slot, status, "set_state", device, type_id);
+  }
+  return status == Status::kOk;
 }
 
-void slot_set_masked(const SlotRef& slot, TypeId type_id, Device device,
+bool slot_set_masked(const SlotRef& slot, TypeId type_id, Device device,
                      const std::vector<std::uintptr_t>& mask_addresses,
                      const std::vector<std::uintptr_t>& addresses) {
   const Type& type = type_at(type_id);
@@ -148,7 +156,63 @@ void slot_set_masked(const SlotRef& slot, TypeId type_id, Device device,
   for (std::uintptr_t a : addresses) in.push_back(reinterpret_cast<const std::byte*>(a));
   const Status status =
       without_gil(type, [&] { return slot->set_masked(slot.id(), device, type_id, masks, in); });
-  if (status != Status::kOk) raise(slot, status, "set_state", device, type_id);
+  if (status != Status::kOk && status != Status::kLent) {
+    raise(slot, status, "set_state", device, type_id);
+  }
+  return status == Status::kOk;
+}
+
+bool slot_copy_out(const SlotRef& slot, TypeId type_id, Device device,
+                   const std::vector<std::uintptr_t>& addresses) {
+  const Type& type = type_at(type_id);
+  check_count(type, addresses.size());
+  std::vector<std::byte*> out;
+  for (std::uintptr_t a : addresses) out.push_back(reinterpret_cast<std::byte*>(a));
+  const Status status =
+      without_gil(type, [&] { return slot->get(slot.id(), device, type_id, out); });
+  if (status != Status::kOk && status != Status::kLent) {
+    raise(slot, status, "get_state", device, type_id);
+  }
+  return status == Status::kOk;
+}
+
+bool slot_reclaim(const SlotRef& slot, const std::vector<std::uintptr_t>& addresses) {
+  const Type& type = type_at(slot->type());
+  check_count(type, addresses.size());
+  std::vector<const std::byte*> in;
+  for (std::uintptr_t a : addresses) in.push_back(reinterpret_cast<const std::byte*>(a));
+  const Status status = without_gil(type, [&] { return slot->reclaim(slot.id(), in); });
+  if (status == Status::kOutOfMemory) throw std::bad_alloc();
+  return status == Status::kOk;
+}
+
+// Why an operation on a lent state fails: the types disagree, or the state is lost.
+std::string complaint(const SlotRef& slot, const char* op, TypeId asked, Device device) {
+  Status status = slot->device() == device ? Status::kLost : Status::kWrongDevice;
+  if (!slot->accepts(slot.id(), asked)) status = Status::kTypeMismatch;
+  return slot->explain(slot.id(), status, op, device, asked);
+}
+
+// Keeps a state in place for as long as it lives.
+class Pin {
+ public:
+  explicit Pin(const SlotRef& slot) : ref_(SlotRef::share(slot.id())) {
+    if (ref_) ref_->pin(1);
+  }
+  Pin(const Pin&) = delete;
+  Pin& operator=(const Pin&) = delete;
+  ~Pin() {
+    if (ref_) ref_->pin(-1);
+  }
+
+ private:
+  SlotRef ref_;
+};
+
+nb::object type_moves(TypeId to, TypeId from) {
+  Permutations moves;
+  if (to != from && !type_at(to).agrees_up_to_moves(type_at(from), &moves)) return nb::none();
+  return nb::cast(moves);
 }
 
 nb::list slot_events(const SlotRef& slot) {
@@ -176,15 +240,28 @@ nb::dict handler_capsules() {
   capsules["set_row_masked"] = handler_capsule(h.set_row_masked);
   capsules["fence"] = handler_capsule(h.fence);
   capsules["nothing"] = handler_capsule(h.nothing);
+  const ffi::PackedHandlers& packed = ffi::cpu_packed_handlers();
+  capsules["instantiate_packed"] = handler_capsule(packed.instantiate);
+  capsules["load"] = handler_capsule(packed.load);
+  capsules["store"] = handler_capsule(packed.store);
   return capsules;
 }
 
-nb::dict share_type() {
-  const ffi::CpuHandlers& h = ffi::cpu_handlers();
+nb::dict type_registration(XLA_FFI_TypeId* id, XLA_FFI_TypeInfo* info) {
   nb::dict registration;
-  registration["type_id"] = nb::capsule(static_cast<void*>(h.share_type_id));
-  registration["type_info"] = nb::capsule(static_cast<void*>(h.share_type_info));
+  registration["type_id"] = nb::capsule(static_cast<void*>(id));
+  registration["type_info"] = nb::capsule(static_cast<void*>(info));
   return registration;
+}
+
+// What XLA has to know of the types of what compiled programs hold, by name.
+nb::dict type_registrations() {
+  const ffi::CpuHandlers& h = ffi::cpu_handlers();
+  const ffi::PackedHandlers& packed = ffi::cpu_packed_handlers();
+  nb::dict types;
+  types["storax.Share"] = type_registration(h.share_type_id, h.share_type_info);
+  types["storax.Shares"] = type_registration(packed.shares_type_id, packed.shares_type_info);
+  return types;
 }
 
 }  // namespace
@@ -232,11 +309,41 @@ NB_MODULE(_core, m) {
           "reads_as", [](const SlotRef& s, TypeId type) { return s->reads_as(s.id(), type); },
           "type"_a, "Whether a get of this type, outside of any mapped program, would succeed.")
       .def("get", &slot_get, "type"_a, "device"_a,
-           "Each leaf's bytes in fresh memory. RuntimeError if the slot holds another type.")
+           "Each leaf's bytes in fresh memory; None if the state is lent out. RuntimeError if the "
+           "slot "
+           "holds another type.")
       .def("set", &slot_set, "type"_a, "device"_a, "addresses"_a,
-           "Copies the leaves at these addresses in. RuntimeError if the slot holds another type.")
+           "Copies the leaves at these addresses in; False if the state is lent out. RuntimeError "
+           "if "
+           "the slot holds another type.")
       .def("set_masked", &slot_set_masked, "type"_a, "device"_a, "mask_addresses"_a, "addresses"_a,
            "Like set, where the masks are true.")
+      .def_prop_ro(
+          "has_memory", [](const SlotRef& s) { return s->has_memory(); },
+          "Whether there is a state, and it is not lent out.")
+      .def_prop_ro(
+          "is_pinned", [](const SlotRef& s) { return s->is_pinned(); },
+          "Whether the state must stay in place, as programs may run operations on it.")
+      .def("copy_out", &slot_copy_out, "type"_a, "device"_a, "addresses"_a,
+           "Copies the leaves to these addresses; False if the state is lent out.")
+      .def(
+          "explain_get",
+          [](const SlotRef& s, TypeId asked, Device device) {
+            return complaint(s, "get_state", asked, device);
+          },
+          "asked"_a, "device"_a, "Why a get of this type fails.")
+      .def(
+          "explain_set",
+          [](const SlotRef& s, TypeId asked, Device device) {
+            return complaint(s, "set_state", asked, device);
+          },
+          "asked"_a, "device"_a, "Why a set of this type fails.")
+      .def("reclaim", &slot_reclaim, "addresses"_a,
+           "Ends a loan: copies the leaves at these addresses in. False if nothing is lent, or the "
+           "state is spread over several devices. The caller holds the LoanLock.")
+      .def(
+          "lose", [](const SlotRef& s) { s->lose(); },
+          "Ends a loan whose state is lost. The caller holds the LoanLock.")
       .def(
           "watch", [](const SlotRef& s, std::size_t n) { s->watch(n); }, "capacity"_a,
           "Keeps the next `capacity` events.")
@@ -255,6 +362,16 @@ NB_MODULE(_core, m) {
         "mesh"_a,
         "The id of a type. leaves: (dtype, bytes per element, dims); levels: (axis per leaf or -1, "
         "moved); mesh: (axis name, size).");
+  nb::class_<Pin>(m, "Pin",
+                  "Keeps a slot's state in place, never lent out, for as long as it lives.")
+      .def(nb::init<const SlotRef&>(), "slot"_a);
+  m.def(
+      "type_moves", &type_moves, "to"_a, "source"_a,
+      nb::sig("def type_moves(to: int, source: int) -> list[list[int]] | None"),
+      "How to transpose each leaf of a state of type `source` into one of type `to`: its axes, or "
+      "an empty list if they stay as they are. None if the types do not agree; an empty list if "
+      "they are the same.");
+  m.def("type_bytes", [](TypeId id) { return type_at(id).total_bytes(); }, "type"_a);
   m.def("type_text", [](TypeId id) { return type_at(id).str(); }, "type"_a);
   m.def("record_failure", [](const std::string& text) { failures::record(0, text); }, "text"_a);
   m.def(
@@ -277,5 +394,7 @@ NB_MODULE(_core, m) {
       "Whether a fence has run, on this thread, by the time that `dispatch()` has returned.");
   m.def("process_nonce", &ffi::process_nonce);
   m.def("handlers", &handler_capsules);
-  m.def("share_type", &share_type);
+  m.def("handler_types", &type_registrations);
+  python::bind_flatten(m);
+  python::bind_jit(m);
 }

@@ -33,6 +33,12 @@ inline std::ostream& boost_test_print_type(std::ostream& out, Status status) {
       return out << "kPartialFirstSet";
     case Status::kNoSuchRow:
       return out << "kNoSuchRow";
+    case Status::kChanged:
+      return out << "kChanged";
+    case Status::kLent:
+      return out << "kLent";
+    case Status::kLost:
+      return out << "kLost";
     case Status::kOutOfMemory:
       return out << "kOutOfMemory";
     case Status::kDropped:

@@ -7,12 +7,31 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
+import functools
 import gc
+import sys
 
 import jax
 import pytest
 
 import storax
+
+# STORAX_JIT=packed or pure: where a test says `jax.jit`, `storax.jit` takes its place.
+_FORM = os.environ.get("STORAX_JIT")
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_jax_jit = jax.jit
+
+
+@functools.wraps(jax.jit)
+def _storax_jit(fun=None, **options):
+    of_a_test = sys._getframe(1).f_code.co_filename.startswith(_HERE)
+    if not of_a_test or fun is None:
+        return _jax_jit(fun, **options) if fun is not None else _jax_jit(**options)
+    return storax.jit(fun, pack={"packed": None, "pure": False}[_FORM], **options)
+
+
+if _FORM:
+    jax.jit = _storax_jit
 
 
 @pytest.fixture(autouse=True)

@@ -179,9 +179,18 @@ def test_more_than_one_device_under_plain_jit(index):
         x = jax.device_put(jnp.arange(4.0), jax.NamedSharding(mesh, spec))
         with pytest.raises(NotImplementedError, match=r"'counter'.*4 devices.*`storax.jit`"):
             jax.jit(lambda x: x * storax.get_state(index, jnp.float32(0)))(x)
-        with pytest.raises(NotImplementedError, match=r"'counter'.*4 devices.*`jax.device_put`"):
-            storax.set_state(storax.StateIndex(name="counter"), x)
     assert storax.get_state(index, jnp.float32(0)) == 1
+
+
+def test_a_state_on_more_than_one_device_under_plain_jit():
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = storax.StateIndex(name="spread")
+    x = jax.device_put(jnp.arange(4.0), jax.NamedSharding(mesh, jax.P("i")))
+    storax.set_state(spread, x)
+    with pytest.raises(NotImplementedError, match=r"'spread'.*4 devices.*`storax.jit`"):
+        jax.jit(lambda x: storax.get_state(spread, x))(x)
+    with pytest.raises(NotImplementedError, match=r"'spread'.*several devices.*`storax.jit`"):
+        jax.jit(lambda: storax.get_state(spread, jnp.arange(4.0)))()
 
 
 def test_another_device(index):

@@ -19,6 +19,10 @@ def quick(f):
     return jax.jit(f, compiler_options=QUICK)
 
 
+def hoisted(f, **form):
+    return storax.jit(f, compiler_options=QUICK, **form)
+
+
 def one_in(n, names):
     """A sample that is the same every time."""
     return zlib.crc32("-".join(names).encode()) % n == 0
@@ -32,10 +36,11 @@ MODES = {
     "forward": (lambda f: quick(lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))), True, True),
     "eager": (lambda f: f, False, True),
     "eager reverse": (jax.value_and_grad, True, True),
+    "storax.jit": (lambda f: hoisted(f), False, False),
+    "storax.jit reverse": (lambda f: hoisted(jax.value_and_grad(f)), True, False),
+    "storax.jit pure": (lambda f: hoisted(f, pack=False), False, False),
+    "storax.jit pure reverse": (lambda f: hoisted(jax.value_and_grad(f), pack=False), True, False),
 }
-if hasattr(storax, "jit"):
-    MODES["storax.jit"] = (storax.jit, False, False)
-    MODES["storax.jit reverse"] = (lambda f: storax.jit(jax.value_and_grad(f)), True, False)
 
 
 def modes(names, base):

@@ -96,7 +96,7 @@ def test_own_indices_jitted():
             assert value(index) == k + 10
             for _ in range(5):
                 count(index)
-        five(m)
+        five(m).block_until_ready()
 
     in_threads(*[lambda i=i: work(i) for i in indices])
     assert [value(i) for i in indices] == [155] * THREADS

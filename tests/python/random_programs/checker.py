@@ -44,15 +44,19 @@ def _without_jit(f, options):
     return run
 
 
+def _hoisted(**form):
+    return lambda f, options: storax.jit(f, compiler_options=options, **form)
+
+
 WAYS = {
     "jit": Way(lambda f, options: jax.jit(f, compiler_options=options)),
     "eager": Way(lambda f, options: f, runs=1, one_in=20),
     # JAX tries a loop in Python, and starts again if the lanes part company in the condition.
     "disable_jit": Way(_without_jit, runs=1, counts=False, one_in=40),
+    # These load and store state when they like. What is not set at first runs as under plain jit once.
+    "storax.jit": Way(_hoisted(), runs=3, counts=False),
+    "storax.jit, pure": Way(_hoisted(pack=False), runs=3, counts=False, one_in=2),
 }
-if hasattr(storax, "jit"):  # which loads and stores state when it likes
-    WAYS["storax.jit"] = Way(lambda f, options: storax.jit(f), counts=False)
-    WAYS["storax.jit, pure"] = Way(lambda f, options: storax.jit(f, pack=False), counts=False)
 # What is refused, by JAX or by storax.
 REFUSED = {
     "disable_jit": (

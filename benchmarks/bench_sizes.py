@@ -1,0 +1,91 @@
+"""One row update of one state per call, as the state grows: what its size costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from contenders import HAND
+from report import Findings
+from timing import AGAIN, Clock, repeated
+
+import storax
+
+LABELS = {
+    HAND: "by hand: argument and result, donated",
+    "storax.jit": "storax, storax.jit",
+    "storax": "storax, jax.jit",
+    "ref": "jax.Ref, closed over",
+}
+# Beyond this, plain jit's copies take longer than is worth waiting for.
+MOST_COPIED = 1 << 24
+
+
+def measure(quick: bool, large: bool) -> Findings:
+    found = Findings(
+        "sizes",
+        "One row of one state per call, as the state grows",
+        "A call adds one to a row of 4 bytes of a state of f32[n], and returns that row. Under plain "
+        "`jax.jit` the state is copied out and in; by hand and under `storax.jit` it stays in place.",
+    )
+    sizes = [4, 1 << 10, 1 << 15, 1 << 20] if quick else [4 << (3 * k) for k in range(10)]
+    for size in sizes:
+        _measure(found, size, quick)
+    return found
+
+
+def _measure(found: Findings, size: int, quick: bool) -> None:
+    n = size // 4
+    made = {HAND: _by_hand(n), AGAIN: _by_hand(n), "storax.jit": _storax(n, storax.jit)}
+    if size <= MOST_COPIED:
+        made["storax"] = _storax(n, jax.jit)
+        made["ref"] = _ref(n)
+    i = jnp.int32(0)
+    for call in made.values():
+        for _ in range(3):
+            out = call(i)
+        assert float(out) == 3
+    clock = Clock(rounds=10 if quick else 100, seconds=0.001, at_most=8)
+    runs = {key: repeated(lambda call=call: call(i)) for key, call in made.items()}
+    title = f"{size:,} B" if size < 1024 else f"{size >> 10:,} KiB"
+    samples = clock.measure(runs)
+    found.add_table(title, samples, LABELS, HAND, bytes=size)
+
+
+def _by_hand(n: int):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def program(state, i):
+        state = state.at[i].add(1.0)
+        return state, state[i]
+
+    state = jnp.zeros(n) + 0
+
+    def call(i):
+        nonlocal state
+        state, out = program(state, i)
+        return out
+
+    return call
+
+
+def _storax(n: int, jit):
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.zeros(n))
+
+    @jit
+    def program(i):
+        state = storax.get_state(index, jnp.zeros(n)).at[i].add(1.0)
+        storax.set_state(index, state)
+        return state[i]
+
+    return program
+
+
+def _ref(n: int):
+    ref = jax.new_ref(jnp.zeros(n))
+
+    @jax.jit
+    def program(i):
+        ref[i] += 1.0
+        return ref[i]
+
+    return program

@@ -1,0 +1,348 @@
+"""Hoisting: turning a traced program's gets and sets into values carried through it.
+
+`uses` says what a jaxpr does with which slots; `run` evaluates it with their states as values, a
+dict from slot id to stored leaves, through every kind of control flow. States are laid out as the
+slots have them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _core, _jax
+from ._primitives import get_p, leaf_mask, set_masked_p, set_p, split_row, whole_type
+from ._slot import structure_at
+
+__all__ = ["NotHoistableError", "Use", "run", "uses"]
+
+State = dict[int, list[Any]]
+
+
+class NotHoistableError(Exception):
+    """The program has to run as plain `jax.jit` runs it, which raises whatever is wrong with it."""
+
+
+# --- What a program does ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Use:
+    """What a program does with one slot."""
+
+    types: list[int]  # of its operations; the first is that of the first
+    needs_value: bool = False  # a state from before, since not all begins with a set of the whole
+    is_set: bool = False
+
+
+def operation_type(eqn: Any) -> int:
+    params = eqn.params
+    _, avals = split_row(
+        [v.aval for v in eqn.invars[eqn.primitive is set_masked_p :]], params["rows"]
+    )
+    shapes, levels = whole_type(avals, params["levels"], params["rows"])
+    return structure_at(params["structure"]).type_id(shapes, levels, params["mesh"])
+
+
+def uses(jaxpr: Any) -> dict[int, Use]:
+    """Which slots a closed jaxpr uses, and how. Raises `NotHoistableError` where `run` has no rule."""
+    found: dict[int, Use] = {}
+    _collect(_jax.open_jaxpr(jaxpr), found, always=True)
+    return found
+
+
+def _collect(jaxpr: Any, found: dict[int, Use], always: bool) -> None:
+    for eqn in jaxpr.eqns:
+        if not _jax.has_state(eqn):
+            continue
+        if eqn.primitive in (get_p, set_p, set_masked_p):
+            if eqn.params["mesh"]:
+                raise NotHoistableError("a state per device")
+            use = found.get(eqn.params["slot"])
+            whole = eqn.primitive is set_p and eqn.params["rows"] is None
+            if use is None:
+                use = found[eqn.params["slot"]] = Use([], needs_value=not (whole and always))
+            use.types.append(operation_type(eqn))
+            use.is_set |= eqn.primitive is not get_p
+        elif eqn.primitive.name in _RULES:
+            here = always and eqn.primitive.name not in ("scan", "while", "cond")
+            for inner in _jax.inner_jaxprs(eqn):
+                _collect(inner, found, here)
+        else:
+            raise NotHoistableError(f"state inside `{eqn.primitive.name}`")
+
+
+# --- States as values ------------------------------------------------------------------------------
+
+
+def _moved(leaves: Sequence[Any], to: int, source: int) -> list[Any]:
+    """A state of one type, laid out as one of another that differs in where batch axes stand."""
+    if to == source:
+        return list(leaves)
+    moves = _core.type_moves(to, source)
+    if moves is None:
+        raise NotHoistableError("a type that does not match")
+    if not moves:
+        return list(leaves)
+    return [
+        lax.transpose(x, (*perm, *range(len(perm), x.ndim))) if perm else x
+        for x, perm in zip(leaves, moves, strict=True)
+    ]
+
+
+def _like(leaves: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+    return [_jax.as_sharded(_jax.as_strong(x), a) for x, a in zip(leaves, avals, strict=True)]
+
+
+def _get(types: dict[int, int], eqn: Any, ins: list[Any], state: State) -> list[Any]:
+    slot, rows = eqn.params["slot"], eqn.params["rows"]
+    leaves = _moved(state[slot], operation_type(eqn), types[slot])
+    if rows is not None:
+        leaves = [lax.dynamic_index_in_dim(x, ins[0], 0, keepdims=False) for x in leaves]
+    return _like(leaves, [v.aval for v in eqn.outvars])
+
+
+def _set(types: dict[int, int], eqn: Any, ins: list[Any], state: State) -> None:
+    params = eqn.params
+    slot, rows = params["slot"], params["rows"]
+    mask = None
+    if eqn.primitive is set_masked_p:
+        mask, *ins = ins
+    row, new = split_row(ins, rows)
+    asked, held = operation_type(eqn), types[slot]
+    if row or mask is not None:
+        old = _moved(state[slot], asked, held)
+        part = [lax.dynamic_index_in_dim(x, row[0], 0, keepdims=False) for x in old] if row else old
+        if mask is not None:
+            new = _masked(mask, new, part, params)
+        if row:
+            new = [
+                lax.dynamic_update_index_in_dim(o, _jax.as_strong(x), row[0], 0)
+                for o, x in zip(old, new, strict=True)
+            ]
+    new = [_jax.as_strong(x) for x in _moved(new, held, asked)]
+    if slot in state:
+        new = _like(new, [jax.typeof(x) for x in state[slot]])
+    state[slot] = new
+
+
+def _masked(mask, new, old, params):
+    kinds = structure_at(params["structure"]).kinds
+    out = []
+    for k, (x, o) in enumerate(zip(new, old, strict=True)):
+        axes = [leaf_axes[k] for leaf_axes, _ in params["levels"]]
+        lanes = leaf_mask(mask, params["mask_axes"], axes, kinds[k].dims(x.shape))
+        out.append(lax.select(lax.broadcast_in_dim(lanes, x.shape, range(lanes.ndim)), x, o))
+    return out
+
+
+# What runs the user's own code, which may raise.
+_FALLIBLE = ("pure_callback", "io_callback", "debug_callback", "ffi_call")
+
+
+def _may_fail(eqn: Any) -> bool:
+    return eqn.primitive.name in _FALLIBLE or any(
+        _may_fail(inner) for jaxpr in _jax.inner_jaxprs(eqn) for inner in jaxpr.eqns
+    )
+
+
+# --- Evaluation ------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One hoisting. `types` are those of the slots' states."""
+
+    def __init__(self, types: dict[int, int]):
+        self.types = types
+        self._jitted: dict[int, Callable[..., Any]] = {}
+        self._written: dict[int, tuple[Any, frozenset[int]]] = {}
+
+    def __call__(
+        self, jaxpr: Any, state: State, args: Sequence[Any], fallible: list[Any] | None = None
+    ) -> list[Any]:
+        """Evaluates a closed jaxpr; `state` is brought up to date in place."""
+        inner = _jax.open_jaxpr(jaxpr)
+        env = dict(zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=True))
+        env.update(zip(inner.invars, args, strict=True))
+        for eqn in inner.eqns:
+            ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
+            with _jax.equation_context(eqn):
+                if not _jax.has_state(eqn):
+                    outs = _jax.bind_equation(eqn, ins)
+                elif eqn.primitive is get_p:
+                    outs = _get(self.types, eqn, ins, state)
+                elif eqn.primitive in (set_p, set_masked_p):
+                    # A literal may be a scalar of Python's own.
+                    ins = [jnp.asarray(x, v.aval.dtype) for x, v in zip(ins, eqn.invars, strict=True)]
+                    _set(self.types, eqn, ins, state)
+                    outs = []
+                else:
+                    outs = _RULES[eqn.primitive.name](self, eqn, ins, state)
+            if fallible is not None and _may_fail(eqn):
+                fallible += outs
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [v.val if isinstance(v, _jax.Literal) else env[v] for v in inner.outvars]
+
+    def written(self, *jaxprs: Any) -> frozenset[int]:
+        """The slots that these set. What they only read they may close over."""
+        slots: frozenset[int] = frozenset()
+        for jaxpr in jaxprs:
+            inner = _jax.open_jaxpr(jaxpr)
+            if id(inner) not in self._written:
+                found: dict[int, Use] = {}
+                _collect(inner, found, always=False)
+                set_here = frozenset(slot for slot, use in found.items() if use.is_set)
+                self._written[id(inner)] = inner, set_here  # holds it, and so its id
+            slots |= self._written[id(inner)][1]
+        return slots
+
+    def touched(self, jaxpr: Any) -> list[int]:
+        found: dict[int, Use] = {}
+        _collect(_jax.open_jaxpr(jaxpr), found, always=False)
+        return sorted(found)
+
+
+def run(
+    jaxpr: Any, types: dict[int, int], state: State, args: Sequence[Any], fallible: list[Any]
+) -> list[Any]:
+    """Evaluates a closed jaxpr with states as values: its results; `state` is then as it leaves it.
+
+    `types` are those of the slots' states. What the program's equations that may fail come to is
+    added to `fallible`.
+    """
+    return _Run(types)(jaxpr, state, args, fallible)
+
+
+def _carried(state: State, slots: frozenset[int]) -> State:
+    return {slot: state[slot] for slot in sorted(slots)}
+
+
+def _inline(key: str) -> Callable[..., list[Any]]:
+    return lambda run, eqn, ins, state: run(eqn.params[key], state, ins)
+
+
+def _jit(run, eqn, ins, state):
+    params = eqn.params
+    if params["inline"]:
+        return run(params["jaxpr"], state, ins)
+    key = id(params["jaxpr"])
+    call = run._jitted.get(key)
+    if call is None:
+        # One for all calls of the same function, which JAX then lowers once.
+        def inner(state, *args):
+            state = dict(state)
+            return run(params["jaxpr"], state, args), state
+
+        inner.__name__ = params["name"]
+        call = run._jitted[key] = _jax.jit_like(inner, params)
+    slots = [slot for slot in run.touched(params["jaxpr"]) if slot in state]
+    outs, new = call({slot: state[slot] for slot in slots}, *ins)
+    state.update(new)
+    return outs
+
+
+def _scan(run, eqn, ins, state):
+    params = eqn.params
+    consts, init, xs = _jax.split_scan(params, ins)
+    slots = run.written(params["jaxpr"])
+
+    def body(carry, x):
+        inner, carry = {**state, **carry[0]}, carry[1]
+        outs = run(params["jaxpr"], inner, [*consts, *carry, *x])
+        return (_carried(inner, slots), outs[: len(init)]), outs[len(init) :]
+
+    (new, carry), ys = lax.scan(
+        body,
+        (_carried(state, slots), init),
+        xs,
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    state.update(new)
+    return [*carry, *ys]
+
+
+def _while(run, eqn, ins, state):
+    params = eqn.params
+    cond_consts, body_consts, init = _jax.split_while(params, ins)
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    slots = run.written(cond, body)
+
+    def check(inner, carry):
+        return run(cond, inner, [*cond_consts, *carry])[0]
+
+    def step(inner, carry):
+        return run(body, inner, [*body_consts, *carry])
+
+    if not run.written(cond):
+
+        def one_round(carry):
+            inner = {**state, **carry[0]}
+            outs = step(inner, carry[1])
+            return _carried(inner, slots), outs
+
+        new, outs = lax.while_loop(
+            lambda carry: check({**state, **carry[0]}, carry[1]),
+            one_round,
+            (_carried(state, slots), init),
+        )
+    else:
+        # The condition sets state: it is part of a round, after the body but in the first one. To
+        # trace it once before the loop and once in it would take time exponential in the nesting.
+        def round_with_check(carry):
+            _, first, new, values = carry
+
+            def after_first(new, values):
+                inner = {**state, **new}
+                return step(inner, values), _carried(inner, slots)
+
+            values, new = lax.cond(first, lambda n, v: (v, n), after_first, new, values)
+            inner = {**state, **new}
+            goes_on = check(inner, values)
+            return goes_on, False, _carried(inner, slots), values
+
+        _, _, new, outs = lax.while_loop(
+            lambda carry: carry[0], round_with_check, (True, True, _carried(state, slots), init)
+        )
+    state.update(new)
+    return outs
+
+
+def _cond(run, eqn, ins, state):
+    index, *operands = ins
+    branches = eqn.params["branches"]
+    slots = run.written(*branches)
+
+    def branch(jaxpr, new, *operands):
+        inner = {**state, **new}
+        return run(jaxpr, inner, operands), _carried(inner, slots)
+
+    outs, new = lax.switch(
+        index, [functools.partial(branch, b) for b in branches], _carried(state, slots), *operands
+    )
+    state.update(new)
+    return outs
+
+
+_RULES: dict[str, Callable[..., list[Any]]] = {
+    "jit": _jit,
+    "pjit": _jit,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    # Nothing is differentiated any more where state is hoisted.
+    "checkpoint": _inline("jaxpr"),
+    "remat2": _inline("jaxpr"),
+    "custom_jvp_call": _inline("call_jaxpr"),
+    "custom_vjp_call": _inline("call_jaxpr"),
+    "closed_call": _inline("call_jaxpr"),
+    "core_call": _inline("call_jaxpr"),
+    "eval_jaxpr": lambda run, eqn, ins, state: run(
+        eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"], state, ins
+    ),
+}

@@ -1,0 +1,171 @@
+"""States that lie in JAX arrays, where programs of `storax.jit` work on them in place.
+
+A state is in the store's memory at first. A large one is lent to the programs that use it, as are all
+states of programs over several devices: it then is a tuple of arrays, which a program takes, donated,
+and gives back. Whatever else wants the state reads those arrays, replaces them, or calls them back
+into the store's memory.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _core, _jax
+from ._slot import type_parts
+
+__all__ = ["LARGE", "lend", "lend_arrays", "read", "recall", "write"]
+
+# From so many bytes on a donated buffer costs a call less than two copies.
+LARGE = 1 << 15
+
+
+def _copy(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(jnp.copy(x) for x in leaves)
+
+
+def _moved(leaves: Sequence[Any], to: int, source: int) -> list[Any] | None:
+    """A state laid out as another type; None if the types do not agree."""
+    moves = _core.type_moves(to, source)
+    if not moves:
+        return None if moves is None else list(leaves)
+    return [
+        jnp.transpose(x, (*perm, *range(len(perm), x.ndim))) if perm else x
+        for x, perm in zip(leaves, moves, strict=True)
+    ]
+
+
+def is_on_one_device(leaves: Sequence[Any]) -> bool:
+    return all(len(x.sharding.device_set) == 1 for x in leaves)
+
+
+def _home(leaves: Sequence[Any]) -> int:
+    """The ordinal of the CPU device that these arrays are on; -1 if it is no such thing."""
+    devices = {d for x in leaves for d in x.sharding.device_set} or {jax.local_devices()[0]}
+    if len(devices) > 1:
+        return -1
+    (device,) = devices
+    return _jax.device_ordinal(device) if device.platform == "cpu" else -1
+
+
+def lend_arrays(slot: Any, type_id: int, leaves: Sequence[Any], version: int = -1) -> bool:
+    """Makes arrays that nobody else has the state. The caller holds the LoanLock.
+
+    With a version, only if the state is still that one.
+    """
+    return _core.lend(slot, _home(leaves), type_id, tuple(leaves), version)
+
+
+@functools.cache
+def _make_empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+def lend(slot: Any, shardings: Any = None) -> bool:
+    """Lends a state that is in the store's memory. The caller holds the LoanLock.
+
+    `shardings(shape)` says how to spread the arrays; by default they stay on the state's device.
+    False if the state has just changed, or has to stay in place.
+    """
+    if slot.is_pinned or not slot.has_memory:
+        return False
+    parts = type_parts(slot.type)
+    version, ordinal = slot.version, slot.device
+    device = _jax.local_device(ordinal)
+    one = jax.sharding.SingleDeviceSharding(device) if _jax.is_committed(device) else None
+    with _jax.eval_now():
+        # Programs write in these in place: they must be XLA's own, and nobody else's.
+        leaves = [
+            _make_empty(shape, kind.stored, one)()
+            for shape, kind in zip(parts.shapes, parts.structure.kinds, strict=True)
+        ]
+        addresses = [_jax.buffer_address(x.block_until_ready()) for x in leaves]
+        slot.copy_out(slot.type, ordinal, addresses)
+        if shardings is not None:
+            leaves = [jax.device_put(x, shardings(x.shape)) for x in leaves]
+    return not slot.is_pinned and lend_arrays(slot, slot.type, leaves, version)
+
+
+def read(slot: Any, type_id: int) -> list[Any] | None:
+    """A copy of a lent state, laid out as this type; None if it is not lent."""
+    with _core.LoanLock([slot]), _jax.eval_now():
+        leaves = _core.loan(slot)
+        if leaves is None:
+            return None
+        found = _moved(leaves, type_id, slot.type)
+        if found is None:
+            raise RuntimeError(slot.explain_get(type_id, slot.device))
+        try:
+            copies = list(_copy(found))
+            jax.block_until_ready(copies)
+        except RuntimeError:
+            slot.lose()
+            raise RuntimeError(slot.explain_get(type_id, slot.device)) from None
+        return copies
+
+
+def write(slot: Any, type_id: int, leaves: Sequence[Any], masks: Sequence[Any] | None) -> bool:
+    """Replaces a lent state, where the masks are true if there are any. False if it is not lent."""
+    with _core.LoanLock([slot]), _jax.eval_now():
+        old = _core.loan(slot)
+        if old is None:
+            return False
+        if masks is not None:
+            kinds = type_parts(type_id).structure.kinds
+            before = _moved(old, type_id, slot.type)
+            if before is None:
+                raise RuntimeError(slot.explain_set(type_id, slot.device))
+            leaves = [
+                jnp.where(m.reshape(*m.shape, *[1] * len(k.trailing)), x, o)
+                for m, x, o, k in zip(masks, leaves, before, kinds, strict=True)
+            ]
+        new = _moved(leaves, slot.type, type_id)
+        if new is None or (slot.device >= 0 and _home(new) != slot.device):
+            raise RuntimeError(slot.explain_set(type_id, _home(leaves)))
+        if is_on_one_device(new) and not (new and all(x.committed for x in new)):
+            new = [jax.device_put(x, o.sharding) for x, o in zip(new, old, strict=True)]
+        copies = _copy(new)
+        if [x.sharding for x in copies] == [x.sharding for x in old]:
+            _core.replace_loan(slot, copies)
+        else:
+            lend_arrays(slot, slot.type, copies)
+        return True
+
+
+def set_spread(slot: Any, type_id: int, leaves: Sequence[Any]) -> None:
+    """Makes arrays that are spread over several devices, or not on a CPU, the state."""
+    with _core.LoanLock([slot]), _jax.eval_now():
+        if slot.is_pinned:
+            raise NotImplementedError(
+                f"storax.set_state of {slot.name}: the arrays lie on several devices, or not on a CPU, "
+                "and programs of plain `jax.jit` use this state, which keeps it on one CPU device. Use "
+                "`storax.jit` in their place, or move the arrays there with `jax.device_put`."
+            )
+        new = list(leaves)
+        if slot.type:
+            found = _moved(leaves, slot.type, type_id)
+            if found is None:
+                raise RuntimeError(slot.explain_set(type_id, slot.device))
+            new, type_id = found, slot.type
+        lend_arrays(slot, type_id, _copy(new))
+
+
+def recall(slot: Any, op: str) -> None:
+    """Brings a state back into the store's memory, for programs that need it in place."""
+    with _core.LoanLock([slot]), _jax.eval_now():
+        leaves = _core.loan(slot)
+        if leaves is None:
+            return
+        if slot.device < 0:
+            raise NotImplementedError(
+                f"storax.{op} of {slot.name}: its state is spread over several devices, or not on a "
+                "CPU, as `storax.jit` keeps it. Use `storax.jit` for this program too."
+            )
+        try:
+            addresses = [_jax.buffer_address(x.block_until_ready()) for x in leaves]
+        except RuntimeError:
+            slot.lose()
+            return
+        slot.reclaim(addresses)

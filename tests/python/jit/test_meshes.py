@@ -1,0 +1,293 @@
+"""States that are spread over several devices."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import storax
+
+
+def mesh_of(kind):
+    return jax.make_mesh((4,), ("i",), axis_types=(kind,))
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    return mesh_of(request.param)
+
+
+def put(x, mesh, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+
+def test_a_state_keeps_the_sharding_of_the_value_set(mesh):
+    index = storax.StateIndex()
+    like = put(jnp.zeros((8, 3)), mesh, "i")
+    storax.set_state(index, like)
+
+    @storax.jit
+    def f(x):
+        s = storax.get_state(index, x) + x
+        storax.set_state(index, s)
+        return s.sum()
+
+    for k in range(1, 4):
+        assert f(put(jnp.ones((8, 3)), mesh, "i")) == 24 * k
+    state = storax.get_state(index, like)
+    np.testing.assert_array_equal(state, 3 * np.ones((8, 3)))
+    assert state.sharding.is_equivalent_to(like.sharding, 2)
+
+
+def test_a_state_set_before_on_one_device_is_replicated(mesh):
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(0))
+
+    @storax.jit
+    def f(x):
+        n = storax.get_state(index, jnp.float32(0)) + 1
+        storax.set_state(index, n)
+        return x + n
+
+    xs = put(jnp.zeros(8), mesh, "i")
+    for k in range(1, 4):
+        out = f(xs)
+        np.testing.assert_array_equal(out, k)
+        assert out.sharding.is_equivalent_to(xs.sharding, 1)
+    assert storax.get_state(index, jnp.float32(0)) == 3
+    storax.set_state(index, jnp.float32(7))
+    np.testing.assert_array_equal(f(xs), 8 * np.ones(8))
+
+
+def test_first_set_inside(mesh):
+    index = storax.StateIndex()
+
+    @storax.jit
+    def f(x):
+        storax.set_state(index, 2 * x)
+        return storax.get_state(index, x).sum()
+
+    xs = put(jnp.arange(8.0), mesh, "i")
+    for _ in range(3):
+        assert f(xs) == 56
+    np.testing.assert_array_equal(storax.get_state(index, xs), 2 * np.arange(8))
+
+
+def test_first_set_in_a_branch_is_a_clear_error(mesh):
+    index = storax.StateIndex(name="late")
+
+    @storax.jit
+    def f(x, p):
+        def start(x):
+            storax.set_state(index, x)
+            return x
+
+        return jax.lax.cond(p, start, lambda x: x, x)
+
+    with pytest.raises(NotImplementedError, match="late"):
+        f(put(jnp.zeros(8), mesh, "i"), put(jnp.array(True), mesh))
+
+
+def test_scan_and_grad(mesh):
+    index = storax.StateIndex()
+    w = put(jnp.ones((4, 8)), mesh, None, "i")
+    storax.set_state(index, w)
+
+    @storax.jit
+    def f(w, n):
+        def body(c, _):
+            s = storax.get_state(index, w)
+            storax.set_state(index, s * 2)
+            return c + s * w, None
+
+        def loss(w):
+            return jax.lax.scan(body, w, None, length=3)[0].sum()
+
+        return jax.grad(lambda w: (storax.get_state(index, jax.lax.stop_gradient(w)) * w).sum())(
+            w
+        ), loss(w)
+
+    grad, loss = f(w, 1)
+    np.testing.assert_array_equal(grad, np.ones((4, 8)))
+    assert loss == 32 * (1 + 1 + 2 + 4)
+    np.testing.assert_array_equal(storax.get_state(index, w), 8 * np.ones((4, 8)))
+
+
+def test_shardings_given(mesh):
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(1))
+    rows, whole = NamedSharding(mesh, P("i")), NamedSharding(mesh, P())
+
+    @functools.partial(storax.jit, in_shardings=(rows, None), out_shardings={"a": rows, "b": whole})
+    def f(x, tree):
+        n = storax.get_state(index, jnp.float32(0))
+        storax.set_state(index, n + 1)
+        return {"a": x + n, "b": tree["y"] * n}
+
+    if mesh.axis_types[0] == AxisType.Explicit:
+        x = put(np.zeros(8, np.float32), mesh, "i")
+    else:
+        x = np.zeros(8, np.float32)
+    for k in range(1, 4):
+        out = f(x, {"y": jnp.float32(2)})
+        np.testing.assert_array_equal(out["a"], k * np.ones(8))
+        assert out["a"].sharding.is_equivalent_to(rows, 1)
+        assert float(out["b"]) == 2 * k
+
+
+def test_plain_jit_says_what_to_do(mesh):
+    index = storax.StateIndex(name="spread")
+    x = put(jnp.zeros(8), mesh, "i")
+    storax.set_state(index, x)
+    with pytest.raises(NotImplementedError, match=r"spread.*storax\.jit"):
+        jax.jit(lambda x: storax.get_state(index, x))(x)
+    np.testing.assert_array_equal(storax.get_state(index, x), np.zeros(8))
+    with pytest.raises(RuntimeError, match=r"it holds f32\[8\]"):
+        storax.get_state(index, jnp.zeros(7))
+    with pytest.raises(RuntimeError, match=r"it holds f32\[8\]"):
+        storax.set_state(index, jnp.zeros(7))
+
+
+def test_large_state_in_place(mesh):
+    index = storax.StateIndex()
+    x = put(jnp.zeros((4096, 8)), mesh, "i")
+    storax.set_state(index, x)
+    f = storax.jit(lambda x: storax.set_state(index, storax.get_state(index, x) + 1))
+    f(x)
+    before = {
+        s.data.unsafe_buffer_pointer()
+        for s in storax._core.loan(index._slot.core)[0].addressable_shards
+    }
+    f(x)
+    after = {
+        s.data.unsafe_buffer_pointer()
+        for s in storax._core.loan(index._slot.core)[0].addressable_shards
+    }
+    assert before == after
+
+
+def test_shard_map_in_storax_jit(mesh):
+    index = storax.StateIndex()
+
+    def per_device(x):
+        storax.set_state(index, x.sum(keepdims=True))
+        s = storax.get_state(index, x[:1])
+        storax.set_state(index, s + 1)
+        return x + s
+
+    f = storax.jit(jax.shard_map(per_device, mesh=mesh, in_specs=P("i"), out_specs=P("i")))
+    x = put(jnp.arange(8.0), mesh, "i")
+    np.testing.assert_array_equal(f(x), [1, 2, 7, 8, 13, 14, 19, 20])
+
+
+def batch_norm_model():
+    norm = storax.BatchNorm(3, axis_name="batch")
+
+    def step(w, x):
+        def loss(w):
+            out = jax.vmap(norm, axis_name="batch")(x * w)
+            return (out**3).mean()
+
+        value, grad = jax.value_and_grad(loss)(w)
+        return w - 0.1 * grad, value
+
+    return norm, step
+
+
+def test_data_parallel_batch_norm_is_batch_norm_of_the_whole():
+    # With Explicit axes JAX itself refuses `x - lax.pmean(x, "batch")` under such a vmap.
+    mesh = mesh_of(AxisType.Auto)
+    rng = np.random.default_rng(0)
+    xs = [jnp.asarray(rng.normal(size=(16, 3)), jnp.float32) for _ in range(3)]
+    norm, step = batch_norm_model()
+    alone, w = storax.jit(step), jnp.ones(3)
+    want = []
+    for x in xs:
+        w, value = alone(w, x)
+        want.append(float(value))
+    norm2, step = batch_norm_model()
+    spread, w2 = storax.jit(step), put(jnp.ones(3), mesh)
+    got = []
+    for x in xs:
+        w2, value = spread(w2, put(x, mesh, "i"))
+        got.append(float(value))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(w2, w, rtol=1e-5)
+    like = (jnp.zeros(3), jnp.zeros(3))
+    for a, b in zip(
+        storax.get_state(norm2.state_index, like),
+        storax.get_state(norm.state_index, like),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+_WORKER = """
+    import json, sys
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    rank, size, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    if size > 1:
+        jax.distributed.initialize(address, size, rank)
+    import storax
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = NamedSharding(mesh, P("i")), NamedSharding(mesh, P())
+    norm = storax.BatchNorm(3, axis_name="batch")
+
+    @storax.jit
+    def step(w, x):
+        def loss(w):
+            return (jax.vmap(norm, axis_name="batch")(x * w) ** 3).mean()
+        value, grad = jax.value_and_grad(loss)(w)
+        return w - 0.1 * grad, value
+
+    rng = np.random.default_rng(0)
+    w = jax.make_array_from_callback((3,), whole, lambda i: np.ones(3, np.float32)[i])
+    values = []
+    for _ in range(5):
+        x = rng.normal(size=(16, 3)).astype(np.float32)
+        w, value = step(w, jax.make_array_from_callback(x.shape, rows, lambda i: x[i]))
+        values.append(float(value))
+    like = (jnp.zeros(3), jnp.zeros(3))
+    state = [np.asarray(s.addressable_data(0)).tolist() for s in storax.get_state(norm.state_index, like)]
+    print(json.dumps([values, np.asarray(w.addressable_data(0)).tolist(), state]))
+"""
+
+
+def run_workers(size):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // size}"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(_WORKER), str(k), str(size), address],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for k in range(size)
+    ]
+    outs = [w.communicate(timeout=300) for w in workers]
+    assert all(w.returncode == 0 for w in workers), outs
+    return [json.loads(out.splitlines()[-1]) for out, _ in outs]
+
+
+def test_two_processes_agree():
+    one, other = run_workers(2)
+    assert one == other  # to the last bit
+    (alone,) = run_workers(1)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

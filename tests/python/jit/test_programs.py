@@ -1,0 +1,257 @@
+"""What storax.jit compiles, and what runs in a call."""
+
+import re
+import subprocess
+import sys
+import textwrap
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import storax
+from jit.counting import counter
+from storax import _core
+
+
+def custom_calls(f, *args):
+    return re.findall(r"custom_call @(\S+?)\(", f.lower(*args).as_text())
+
+
+def many(n):
+    indices = [storax.StateIndex() for _ in range(n)]
+    for index in indices:
+        storax.set_state(index, jnp.zeros(4))
+
+    def f(x):
+        for index in indices:
+            storax.set_state(index, storax.get_state(index, x) + x)
+            x = x + storax.get_state(index, x)
+        return x
+
+    return indices, f
+
+
+def test_packed_form_has_one_load_and_one_store():
+    _, f = many(10)
+    packed = storax.jit(f)
+    assert custom_calls(packed, jnp.zeros(4)) == ["storax.load_states", "storax.store_states"]
+    loop = storax.jit(lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=3)[0])
+    assert custom_calls(loop, jnp.zeros(4)) == ["storax.load_states", "storax.store_states"]
+
+
+def test_pure_form_has_no_custom_call():
+    indices, f = many(10)
+    pure = storax.jit(f, pack=False)
+    assert custom_calls(pure, jnp.zeros(4)) == []
+    pure(jnp.ones(4))
+    assert custom_calls(pure, jnp.zeros(4)) == []
+    np.testing.assert_array_equal(storax.get_state(indices[0], jnp.zeros(4)), np.ones(4))
+
+
+def test_reading_stores_nothing():
+    index, _, _ = counter(3)
+    read = storax.jit(lambda x: x + storax.get_state(index, x))
+    assert custom_calls(read, jnp.float32(0)) == ["storax.load_states"]
+    assert read(jnp.float32(1)) == 4
+    version = index._slot.core.version
+    read(jnp.float32(1))
+    assert index._slot.core.version == version
+    large, _, _ = counter(3, 20_000)
+    first = storax.jit(lambda: storax.get_state(large, jnp.zeros(20_000))[0])
+    assert first() == 3
+    version = large._slot.core.version
+    assert first() == 3
+    assert large._slot.core.version == version
+
+
+def test_what_is_overwritten_is_not_loaded():
+    index, _, state = counter(3)
+
+    @storax.jit
+    def f(x):
+        storax.set_state(index, x)
+        return storax.get_state(index, x) + 1
+
+    assert custom_calls(f, jnp.float32(0)) == ["storax.store_states"]
+    assert f(jnp.float32(7)) == 8
+    assert state() == 7
+
+
+def test_large_states_are_updated_in_place():
+    index, count, state = counter(0, 100_000)
+    f = storax.jit(lambda: count()[0])
+    f()
+    addresses = set()
+    for _ in range(5):
+        f()
+        addresses.add(_core.loan(index._slot.core)[0].unsafe_buffer_pointer())
+    assert len(addresses) == 1
+    assert state() == 6
+
+
+def test_no_python_frame_of_ours_in_a_warm_call():
+    _, count, _ = counter()
+    _, count_large, _ = counter(0, 20_000)
+    f = storax.jit(lambda x, how, fn: (fn(x) + count() + count_large()[0], how))
+    key = jax.random.key(0)
+    mlp = eqx.nn.MLP(2, 2, 8, 1, key=key)
+    norm = storax.BatchNorm(2, axis_name="batch")
+    model = eqx.nn.Sequential([mlp, eqx.nn.Lambda(jnp.tanh)])
+    g = storax.jit(lambda model, x, name: jax.vmap(model)(x) + count())
+    h = storax.jit(lambda norm, x: jax.vmap(norm, axis_name="batch")(x))
+    x = jnp.ones((4, 2))
+
+    class Holder:
+        @storax.jit
+        def method(self, x):
+            return x + count()
+
+    holder = Holder()
+    calls = [
+        lambda: f(x, "how", jnp.sin),
+        lambda: g(model, x, name="a"),
+        lambda: h(norm, x),
+        lambda: holder.method(x),
+    ]
+    for call in calls * 3:
+        call()
+    frames = []
+
+    def profile(frame, event, _):
+        if event == "call" and "storax" in frame.f_globals.get("__name__", ""):
+            frames.append(f"{frame.f_globals['__name__']}.{frame.f_code.co_name}")
+
+    for call in calls:
+        sys.setprofile(profile)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+    assert frames == []
+
+
+def test_lower_compile_and_call():
+    _, count, state = counter()
+    _, count_large, large_state = counter(0, 20_000)
+
+    @storax.jit
+    def f(x, name, *, y):
+        return {name: x + y + count() + count_large()[0]}
+
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+    lowered = f.lower(shape, "n", y=shape)
+    assert "storax.load_states" in lowered.as_text()
+    compiled = lowered.compile()
+    assert compiled.cost_analysis() is not None
+    for k in range(1, 4):
+        out = compiled(jnp.zeros(3), "n", y=jnp.ones(3))
+        np.testing.assert_array_equal(out["n"], 2 * k + np.ones(3))
+        assert (state(), large_state()) == (k, k)
+    with pytest.raises(TypeError, match="another structure"):
+        compiled(jnp.zeros(3), "m", y=jnp.ones(3))
+    f(jnp.zeros(3), "n", y=jnp.ones(3))
+    compiled(jnp.zeros(3), "n", y=jnp.ones(3))
+    assert (state(), large_state()) == (5, 5)
+
+
+def test_trace_and_eval_shape():
+    _, count, state = counter()
+    f = storax.jit(lambda x: (x + count(), x.astype(jnp.int32)))
+    traced = f.trace(jnp.zeros(3))
+    assert "get_state" in str(traced.jaxpr)
+    shapes = f.eval_shape(jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert [(x.shape, x.dtype.name) for x in shapes] == [((3,), "float32"), ((3,), "int32")]
+    assert state() == 0
+    pure = storax.jit(f.__wrapped__, pack=False)
+    compiled = pure.trace(jnp.zeros(3)).lower().compile()
+    np.testing.assert_array_equal(compiled(jnp.zeros(3))[0], np.ones(3))
+    assert state() == 1
+
+
+def test_export_of_the_pure_form():
+    _, count, state = counter(5)
+    pure = storax.jit(lambda x: x * count(), pack=False)
+    exported = jax.export.export(pure)(jax.ShapeDtypeStruct((2,), jnp.float32))
+    again = jax.export.deserialize(exported.serialize())
+    # As a function of the states it takes and gives back: ((donated, read, *args)) -> (states, out).
+    states = ((jnp.float32(7),),), ()
+    (new,), out = again.call(*states, jnp.ones(2))
+    np.testing.assert_array_equal(out, [8, 8])
+    assert new[0] == 8
+    assert state() == 5
+
+
+_CACHED = """
+    import os, sys
+    import jax, jax.numpy as jnp, storax
+    from jax._src import compilation_cache as cc
+    jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    from jax._src import monitoring
+    hits = []
+    monitoring.register_event_listener(lambda name, **_: hits.append(name) if "cache_hits" in name else None)
+    first, second = storax.StateIndex(), storax.StateIndex()
+    for k, index in enumerate((first, second) if sys.argv[2] == "0" else (second, first)):
+        storax.set_state(index, jnp.float32(10 * (k + 1)))
+    del hits[:]
+    @storax.jit
+    def warm(): return 0
+    f = storax.jit(lambda x: (storax.set_state(first, storax.get_state(first, x) + x), x)[1], pack=False)
+    f(jnp.float32(1))
+    state = float(storax.get_state(first, jnp.float32(0)))
+    print("hits", len(hits), "state", state, float(storax.get_state(second, jnp.float32(0))))
+"""
+
+
+def test_pure_form_hits_the_persistent_cache(tmp_path):
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(_CACHED), str(tmp_path), order],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for order in "01"
+    ]
+    assert runs[0][3:] == ["11.0", "20.0"]
+    assert runs[1][3:] == ["21.0", "10.0"]
+    assert int(runs[1][1]) > int(runs[0][1])
+
+
+_MEMORY = """
+    import resource
+    import jax, jax.numpy as jnp, storax
+    index, n = storax.StateIndex(), 1 << 27
+    jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()
+
+    @storax.jit
+    def make(x):
+        storax.set_state(index, jnp.zeros(n) + x)
+
+    @storax.jit
+    def update(i):
+        state = storax.get_state(index, jnp.zeros(n)).at[i].add(1.0)
+        storax.set_state(index, state)
+        return state[0]
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    before = peak()
+    make(jnp.float32(1))
+    for i in range(100):
+        out = update(jnp.int32(i))
+    out.block_until_ready()
+    print(peak() - before)
+"""
+
+
+def test_memory_of_a_state_of_half_a_gibibyte():
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_MEMORY)], capture_output=True, text=True, check=True
+    ).stdout
+    assert float(out) <= 0.8

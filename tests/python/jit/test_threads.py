@@ -1,0 +1,122 @@
+"""storax.jit called from many threads at once."""
+
+import os
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import storax
+from jit.counting import counter
+
+THREADS = 8
+# A million calls in all with STORAX_ALL=1, else a tenth of that.
+CALLS = (1_000_000 if os.environ.get("STORAX_ALL") == "1" else 100_000) // THREADS
+
+
+def in_threads(work):
+    """Runs `work(k)` in each thread; raises what any of them raised."""
+    errors = []
+    start = threading.Barrier(THREADS)
+
+    def run(k):
+        try:
+            start.wait()
+            work(k)
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(THREADS)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("form", [{}, {"pack": False}], ids=["packed", "pure"])
+@pytest.mark.parametrize("size", [None, 20_000], ids=["small", "large"])
+def test_states_of_their_own(size, form):
+    made = [counter(0, size) for _ in range(THREADS)]
+    calls = CALLS // (1 if size is None and not form else 10)
+
+    def work(k):
+        f = storax.jit(lambda: made[k][1](), **form)
+        for _ in range(calls):
+            f()
+
+    in_threads(work)
+    for _, _, state in made:
+        assert state() == calls
+
+
+@pytest.mark.parametrize("form", [{}, {"pack": False}], ids=["packed", "pure"])
+@pytest.mark.parametrize("size", [8, 20_000], ids=["small", "large"])
+def test_a_shared_state_is_never_torn(size, form):
+    """Each call writes its own number everywhere; what is read is of one call."""
+    index = storax.StateIndex()
+    like = (jnp.zeros(size), jnp.zeros(size))
+    storax.set_state(index, like)
+
+    @(lambda f: storax.jit(f, **form))
+    def write(x):
+        a, b = storax.get_state(index, like)
+        storax.set_state(index, (a * 0 + x, b * 0 + x))
+        low, high = jnp.minimum(a.min(), b.min()), jnp.maximum(a.max(), b.max())
+        return high - low
+
+    values = [jnp.float32(k) for k in range(THREADS)]
+
+    def work(k):
+        for n in range(CALLS // (10 if size == 8 and not form else 50)):
+            assert write(values[k]) == 0
+            if n % 100 == 0:
+                a, b = storax.get_state(index, like)
+                assert len({*np.asarray(a), *np.asarray(b)}) == 1
+            if n % 501 == 0:
+                storax.set_state(index, (like[0] + k, like[1] + k))
+
+    in_threads(work)
+
+
+def test_eager_plain_and_ours_at_once():
+    """In threads of their own, on one state, which moves between memory and loans meanwhile."""
+    index = storax.StateIndex()
+    like = jnp.zeros(20_000)
+    storax.set_state(index, like)
+
+    def bump():
+        s = storax.get_state(index, like) + 1
+        storax.set_state(index, s)
+        return s.max() - s.min()
+
+    ours, pure = storax.jit(bump), storax.jit(bump, pack=False)
+
+    def work(k):
+        for n in range(100):
+            if k % 4 == 0:
+                assert ours() == 0
+            elif k % 4 == 1:
+                assert pure() == 0
+            elif k % 4 == 2 and n % 10 == 0:
+                assert jax.jit(lambda: bump())() == 0  # compiled anew, and gone again
+            else:
+                assert bump() == 0
+
+    in_threads(work)
+    assert 1 <= storax.get_state(index, like)[0] <= THREADS * 100
+
+
+def test_one_function_traced_in_many_threads():
+    _, count, state = counter()
+    f = storax.jit(lambda x: x + count())
+
+    def work(k):
+        for n in range(1, 20):
+            assert f(jnp.zeros(n)).shape == (n,)
+
+    in_threads(work)
+    assert 1 <= state() <= THREADS * 19

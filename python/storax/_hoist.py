@@ -177,7 +177,9 @@ class _Run:
                     outs = _get(self.types, eqn, ins, state)
                 elif eqn.primitive in (set_p, set_masked_p):
                     # A literal may be a scalar of Python's own.
-                    ins = [jnp.asarray(x, v.aval.dtype) for x, v in zip(ins, eqn.invars, strict=True)]
+                    ins = [
+                        jnp.asarray(x, v.aval.dtype) for x, v in zip(ins, eqn.invars, strict=True)
+                    ]
                     _set(self.types, eqn, ins, state)
                     outs = []
                 else:

@@ -47,6 +47,11 @@ test-sanitized: ctest-address ctest-thread pytest-address pytest-thread ## Run t
 test-all: ## Run the tests in Python, the long ones too, on every JAX that storax supports
 	@STORAX_ALL=1 MAKE='$(MAKE)' sh tools/test_all.sh
 
+.PHONY: test-jit
+test-jit: ## Run the tests in Python with storax.jit in the place of jax.jit, packed and pure
+	STORAX_JIT=packed $(MAKE) --no-print-directory test-python
+	STORAX_JIT=pure $(MAKE) --no-print-directory test-python
+
 .PHONY: soak
 soak: $(VENV)/.extension $(VENV)/.test ## Run 100,000 random programs: hours; run it again to go on
 	nice -n 19 $(BIN)/python tools/soak.py $(SOAK_ARGS)

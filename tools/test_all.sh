@@ -25,7 +25,7 @@ for pair in 3.11:0.10 3.12:0.11 3.13:0.12; do
     continue
   fi
   echo "=== JAX $jax, $python ==="
-  if "${MAKE:-make}" --no-print-directory test-python \
+  if "${MAKE:-make}" --no-print-directory test-python test-jit \
       PYTHON="$python" VENV=".venv-jax$(echo "$jax" | tr -d .)"; then
     passed=$((passed + 1))
     summary="$summary

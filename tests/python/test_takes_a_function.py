@@ -54,7 +54,9 @@ class Counter:
         before = core.num_gets, core.num_sets
         out = jax.block_until_ready(g(*args))
         storax.barrier()
-        assert (core.num_gets, core.num_sets) == (before[0] + n, before[1] + n)
+        # A program of storax.jit loads and stores the state when it likes.
+        counts = "STORAX_JIT" not in os.environ
+        assert not counts or (core.num_gets, core.num_sets) == (before[0] + n, before[1] + n)
         assert self.state == state + n
         return out
 

@@ -122,8 +122,9 @@ class Slot {
   void lose() noexcept;
   // The loan, or nullptr; valid while the mutex is held.
   Loan* loan() noexcept;
-  // Says that the lent state has changed.
-  void touch() noexcept;
+  // Says that the lent state has been read, or has changed.
+  void count_lent_get() noexcept;
+  void count_lent_set() noexcept;
   bool has_memory() noexcept;  // neither unset, nor lent out, nor lost
 
   // Pins keep a state in place, as programs do: for those that are still to come.

@@ -221,6 +221,7 @@ def lend(slot: Slot, device: int, type: int, leaves: tuple, version: int) -> boo
     Makes these arrays the state; its memory is freed. False if its version is another, and `version` is not -1. The caller holds the LoanLock.
     """
 
+def count_lent_get(slot: Slot) -> None: ...
 def loan(slot: Slot) -> tuple | None:
     """The arrays that are the state; None if it is not lent out."""
 

@@ -103,6 +103,7 @@ def read(slot: Any, type_id: int) -> list[Any] | None:
         except RuntimeError:
             slot.lose()
             raise RuntimeError(slot.explain_get(type_id, slot.device)) from None
+        _core.count_lent_get(slot)
         return copies
 
 

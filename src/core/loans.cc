@@ -33,8 +33,8 @@ Status Slot::lend(SlotId id, Device device, TypeId type, std::unique_ptr<Loan> l
     type_id_ = type;
     loan_device_ = device;
     loan_.swap(loan);
+    version_.store(version_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
   }
-  touch();
   change_layout();
   free_state(memory, *made);
   return Status::kOk;
@@ -63,8 +63,8 @@ void Slot::lose() noexcept {
   {
     const SpinGuard guard(lock_);
     ended = std::move(loan_);
+    version_.store(version_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
   }
-  touch();
   change_layout();
 }
 
@@ -73,8 +73,14 @@ Loan* Slot::loan() noexcept {
   return loan_.get();
 }
 
-void Slot::touch() noexcept {
+void Slot::count_lent_get() noexcept {
   const SpinGuard guard(lock_);
+  ++gets_;
+}
+
+void Slot::count_lent_set() noexcept {
+  const SpinGuard guard(lock_);
+  ++sets_;
   version_.store(version_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
 }
 

@@ -217,7 +217,7 @@ class Program {
     for (std::size_t i = 0; i < donated_.size(); ++i) {
       loan_of(*donated_[i])
           ->replace(nb::borrow(PyTuple_GET_ITEM(states, static_cast<Py_ssize_t>(i))));
-      donated_[i]->touch();
+      donated_[i]->count_lent_set();
     }
     return Py_NewRef(PyTuple_GET_ITEM(result.ptr(), 1));
   }
@@ -502,6 +502,7 @@ void bind_jit(nb::module_& m) {
       "slot"_a, "device"_a, "type"_a, "leaves"_a, "version"_a,
       "Makes these arrays the state; its memory is freed. False if its version is another, and "
       "`version` is not -1. The caller holds the LoanLock.");
+  m.def("count_lent_get", [](const SlotRef& slot) { slot->count_lent_get(); }, "slot"_a);
   m.def(
       "loan",
       [](const SlotRef& slot) -> nb::object {
@@ -514,7 +515,7 @@ void bind_jit(nb::module_& m) {
       "replace_loan",
       [](const SlotRef& slot, nb::tuple leaves) {
         loan_of(*slot)->replace(std::move(leaves));
-        slot->touch();
+        slot->count_lent_set();
       },
       "slot"_a, "leaves"_a, "Makes these arrays the lent state instead.");
   m.def("layout_epoch", &layout_epoch);

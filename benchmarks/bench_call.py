@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +12,8 @@ from timing import AGAIN, Clock, Spread, repeated
 import storax
 
 LABELS = {"inner": "the jax.jit call it makes", "storax.jit": "storax.jit", "plain": "jax.jit"}
-
-# Makes a state of 512 MiB inside of a program, and updates it; prints the peak in GiB.
-_MEMORY = """
-import resource
-import jax, jax.numpy as jnp, storax
-index, n = storax.StateIndex(), 1 << 27
-jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()
-
-@storax.jit
-def make(x):
-    storax.set_state(index, jnp.zeros(n) + x)
-
-@storax.jit
-def update(i):
-    state = storax.get_state(index, jnp.zeros(n)).at[i].add(1.0)
-    storax.set_state(index, state)
-    return state[0]
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-before = peak()
-make(jnp.float32(1))
-for i in range(100):
-    out = update(jnp.int32(i))
-out.block_until_ready()
-print(peak() - before)
-"""
+# Prints the memory that a state of 512 MiB takes, in GiB.
+MEMORY = Path(__file__).with_name("memory_worker.py")
 
 
 def measure(quick: bool, large: bool) -> Findings:
@@ -73,7 +48,7 @@ def measure(quick: bool, large: bool) -> Findings:
     text = "storax.jit beyond the jax.jit call it makes"
     found.goals.append(Goal(text, 0.5, Spread.of(added), unit="us", again=Spread.of(again)))
     if not quick:
-        command = [sys.executable, "-c", _MEMORY]
+        command = [sys.executable, MEMORY]
         peaks = [float(subprocess.check_output(command)) for _ in range(3)]
         text = "memory of a state of 0.5 GiB, made and updated 100 times"
         found.goals.append(Goal(text, 0.8, Spread.of(peaks), unit="GiB"))

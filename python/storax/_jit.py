@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from . import _core, _hoist, _jax
+from . import _core, _hoist, _jax, _store
 from ._aot import Traced
 from ._install import install
 from ._specialise import Specialised, is_array
@@ -18,7 +18,8 @@ __all__ = ["jit"]
 # How XLA's errors start. JAX's C++ dispatch raises them as ValueError.
 _XLA_ERROR = re.compile(r"[A-Z_]+: ")
 
-_core.set_jax(*_jax.call_path())
+_flatten, _array, _arrays, _ordinary = _jax.call_path()
+_core.set_jax(_flatten, _array, _arrays, [*_ordinary, _store.FORK, False])
 
 
 def jit(
@@ -132,6 +133,8 @@ class Jitted(_core.Dispatcher):
         return key, made, arrays
 
     def _call_cold(self, args: tuple, kwargs: dict) -> Any:
+        if _store.forked:
+            _store.check_process()
         key, specialised, arrays = self.specialise(args, kwargs)
         if not _jax.no_trace() or jax.config.jax_disable_jit:
             return specialised.plain(*arrays)

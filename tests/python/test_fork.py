@@ -25,6 +25,10 @@ def count():
 
 assert count() == 2
 pickled = pickle.dumps(index)
+ours = storax.jit(count.__wrapped__)
+ours(), ours()
+warm = storax.jit(lambda x: x + 1)
+warm(one), warm(one)
 
 OPERATIONS = {
     "make an index": lambda: storax.StateIndex(),
@@ -37,6 +41,8 @@ OPERATIONS = {
     "trace a get": lambda: jax.make_jaxpr(lambda: storax.get_state(index, one))(),
     "trace a set": lambda: jax.jit(lambda x: storax.set_state(index, x)).lower(one),
     "jit": lambda: jax.jit(lambda x: storax.get_state(index, x))(one),
+    "storax.jit": lambda: ours(),
+    "storax.jit, without state": lambda: warm(one),
     "deepcopy": lambda: copy.deepcopy(index),
     "pickle": lambda: pickle.dumps(index),
     "unpickle": lambda: pickle.loads(pickled),
@@ -85,7 +91,7 @@ def test_in_a_forked_child(way):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     *child, parent = done.stdout.splitlines()
-    assert len(child) == 16
+    assert len(child) == 18
     for line in child:
         assert "| RuntimeError: storax: this process was forked" in line and "'spawn'" in line
     assert parent == "parent | 3.0 3.0 StateIndex(inference=False, name=\"StateIndex 'x'\")"

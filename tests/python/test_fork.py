@@ -94,4 +94,4 @@ def test_in_a_forked_child(way):
     assert len(child) == 18
     for line in child:
         assert "| RuntimeError: storax: this process was forked" in line and "'spawn'" in line
-    assert parent == "parent | 3.0 3.0 StateIndex(inference=False, name=\"StateIndex 'x'\")"
+    assert parent == "parent | 5.0 5.0 StateIndex(inference=False, name=\"StateIndex 'x'\")"

@@ -170,20 +170,22 @@ class _Run:
         env.update(zip(inner.invars, args, strict=True))
         for eqn in inner.eqns:
             ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
-            with _jax.equation_context(eqn):
-                if not _jax.has_state(eqn):
-                    outs = _jax.bind_equation(eqn, ins)
-                elif eqn.primitive is get_p:
-                    outs = _get(self.types, eqn, ins, state)
-                elif eqn.primitive in (set_p, set_masked_p):
-                    # A literal may be a scalar of Python's own.
-                    ins = [
-                        jnp.asarray(x, v.aval.dtype) for x, v in zip(ins, eqn.invars, strict=True)
-                    ]
-                    _set(self.types, eqn, ins, state)
-                    outs = []
-                else:
-                    outs = _RULES[eqn.primitive.name](self, eqn, ins, state)
+            if eqn.primitive is get_p:
+                outs = _get(self.types, eqn, ins, state)
+            elif eqn.primitive in (set_p, set_masked_p):
+                # A literal may be a scalar of Python's own.
+                ins = [
+                    x if isinstance(x, jax.Array) else jnp.asarray(x, v.aval.dtype)
+                    for x, v in zip(ins, eqn.invars, strict=True)
+                ]
+                _set(self.types, eqn, ins, state)
+                outs = []
+            else:
+                with _jax.equation_context(eqn):
+                    if _jax.has_state(eqn):
+                        outs = _RULES[eqn.primitive.name](self, eqn, ins, state)
+                    else:
+                        outs = _jax.bind_equation(eqn, ins)
             if fallible is not None and _may_fail(eqn):
                 fallible += outs
             env.update(zip(eqn.outvars, outs, strict=True))

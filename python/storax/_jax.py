@@ -835,7 +835,6 @@ def call_path() -> tuple[Any, ...]:
     ordinary = [
         *(_core.trace_state_strong_ref, _core.eval_trace),
         *(_core.axis_env_state, _core.top_axis_env),
-        *(_config.disable_jit, False),
         *(_config.debug_nans, False),
         *(_config.debug_infs, False),
     ]

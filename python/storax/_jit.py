@@ -18,8 +18,7 @@ __all__ = ["jit"]
 # How XLA's errors start. JAX's C++ dispatch raises them as ValueError.
 _XLA_ERROR = re.compile(r"[A-Z_]+: ")
 
-_flatten, _array, _arrays, _ordinary = _jax.call_path()
-_core.set_jax(_flatten, _array, _arrays, [*_ordinary, _store.FORK, False])
+_core.set_jax(*_jax.call_path())
 
 
 def jit(

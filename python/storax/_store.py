@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 import sys
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,12 +39,11 @@ _TARGETS = {
 
 _pid = os.getpid()
 forked = False
-FORK = types.SimpleNamespace(value=False)  # the same, for the call path of storax.jit
 
 
 def _note_fork() -> None:
     global forked
-    forked = FORK.value = True
+    forked = True
 
 
 # Asking for the process id in every operation would cost more than the check is worth.

@@ -4,6 +4,7 @@
 #include "jit.h"
 
 #include <nanobind/stl/vector.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -38,8 +39,12 @@ Jax& jax() {
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// Whether something is being traced, jit is disabled, or the like.
+std::atomic<bool> forked{false};
+
+// Whether something is being traced, or the like. (With `jax.disable_jit` a program says so
+// itself.)
 bool is_extraordinary() {
+  if (forked.load(std::memory_order_relaxed)) return true;
   static PyObject* const value = interned("value");
   const std::vector<nb::object>& ordinary = jax().ordinary;
   for (std::size_t i = 0; i + 1 < ordinary.size(); i += 2) {
@@ -465,6 +470,7 @@ PyType_Slot program_slots[] = {
 }  // namespace
 
 void bind_jit(nb::module_& m) {
+  pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
   nb::class_<Program>(m, "Program", nb::type_slots(program_slots),
                       "A compiled program, and the states that are lent to it.")
       .def(nb::init<nb::object, const std::vector<nb::object>&, const std::vector<nb::object>&>(),

@@ -42,6 +42,7 @@ _OF_PLAIN_JIT = {
     "test_a_while_loop_is_not_run_again": "counts operations, and a hoisted program has none",
     "test_no_state_is_torn": "counts operations, and a hoisted program has none",
     "test_equinox_loops": "counts operations, and a hoisted program has none",
+    "test_one_program_for_all": "a hoisted program stores all states that it may set",
     "test_export": "says that plain jit's custom calls can't be exported",
 }
 

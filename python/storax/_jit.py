@@ -154,6 +154,12 @@ class Jitted(_core.Dispatcher):
             ) from error
         if type(error) is ValueError and _XLA_ERROR.match(message):
             raise jax.errors.JaxRuntimeError(message) from error  # as JAX's Python dispatch does
+        if type(error) is ValueError and "incompatible devices" in message:
+            raise RuntimeError(
+                "storax.jit: a state that the program works on in place lives on another device than "
+                "its arguments. A state lives where it was first set: run the program there, or use one "
+                f"StateIndex per device.\n{message}"
+            ) from error
         raise error
 
     def _raise_not_hashable(self, args: tuple, kwargs: dict) -> NoReturn:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from . import _jax, _slot, _store
+from . import _jax, _loans, _slot, _store
 from ._slot import LeafKind, Slot, Structure, leaf_kind, type_parts
 
 __all__ = ["Snapshot", "copy_slot", "put", "reduce_slot", "restore_slot", "take"]
@@ -56,6 +56,13 @@ def take(slot: Slot) -> Snapshot | None:
             data[EVERY_DEVICE] = _bytes(core, type_id, EVERY_DEVICE)
     for device in core.devices:
         data[device] = _bytes(core, type_id, device)
+    if not data:
+        lent = _loans.read(core, type_id)
+        if lent is None:
+            raise RuntimeError(core.explain_get(type_id, core.device))
+        # What is spread over several devices, or not on a CPU, comes back on one.
+        device = core.device if core.device >= 0 else home()
+        data[device] = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in lent]
     return Snapshot(type_id, data, _store.mesh_orders.get(slot.id))
 
 

@@ -42,6 +42,11 @@ _OF_PLAIN_JIT = {
     "test_a_while_loop_is_not_run_again": "counts operations, and a hoisted program has none",
     "test_no_state_is_torn": "counts operations, and a hoisted program has none",
     "test_equinox_loops": "counts operations, and a hoisted program has none",
+    "test_increments_of_many_threads": "counts operations, and a hoisted program has none",
+    "test_what_is_in_flight_is_waited_for": "a state on loan is a future, and no program names it",
+    "test_one_wait_for_each_flattening": "a state on loan is a future, and no program names it",
+    "test_at_the_next_eager_operation": "a state on loan is a future, and no program names it",
+    "test_another_device": "it is JAX that says so where a state is an argument",
     "test_one_program_for_all": "a hoisted program stores all states that it may set",
     "test_export": "says that plain jit's custom calls can't be exported",
 }

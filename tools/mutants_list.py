@@ -451,7 +451,7 @@ MUTANTS = [
         "unknown_jax",
     ),
     # --- Operations ---
-    _never("notices that it was forked", "_operations.py", "if _forked:", "fork"),
+    _never("notices that it was forked", "_operations.py", "if _store.forked:", "fork"),
     _never(
         "asks for an index", "_operations.py", "if not isinstance(index, StateIndex):", "errors"
     ),
@@ -461,9 +461,8 @@ MUTANTS = [
     _never(
         "asks for arrays",
         "_operations.py",
-        "if not isinstance(leaf, jax.Array):",
+        "if not _jax.is_literal(leaf):",
         "errors",
-        "\n            _raise",
     ),
     _never(
         "notices an escaped tracer",
@@ -497,7 +496,7 @@ MUTANTS = [
     Mutant(
         "an eager get takes like for what it was last time",
         "_operations.py",
-        "if quick is not None and _jax.no_trace() and jax.typeof(like) == quick[0]:",
+        "if quick is not None and x.aval == quick[0] and _jax.no_trace():",
         "if quick is not None and _jax.no_trace():",
         "errors",
     ),
@@ -516,9 +515,9 @@ MUTANTS = [
         "stack",
     ),
     # --- The store ---
-    _never("refuses arrays on several devices", "_store.py", "if len(devices) > 1:", "errors"),
+    _never("sees that arrays are spread", "_loans.py", "if len(devices) > 1:", "errors"),
     _never(
-        "waits before an eager operation", "_store.py", "if _core.num_programs():", "order threads"
+        "waits before an eager operation", "_store.py", "if slot.num_programs:", "order threads"
     ),
     _never(
         "raises an earlier failure",
@@ -541,7 +540,7 @@ MUTANTS = [
     Mutant(
         "an index in a program's arguments is kept alive",
         "_index.py",
-        "weak = caller is not None and caller.f_code is _FLATTEN_FOR_JIT",
+        "weak = caller.f_code is _FLATTEN_FOR_JIT",
         "weak = False",
         "lifetime",
     ),
@@ -555,8 +554,8 @@ MUTANTS = [
     Mutant(
         "flattening inside a trace looks the state up",
         "_index.py",
-        "        if any(isinstance(x, _jax.Tracer) or not isinstance(x, jax.Array) for x in leaves):",
-        "        if False:",
+        "return all(isinstance(x, jax.Array) and not isinstance(x, _jax.Tracer) for x in leaves)",
+        "return True",
         "index",
     ),
     Mutant(
@@ -569,7 +568,7 @@ MUTANTS = [
     Mutant(
         "a first set is not waited for",
         "_index.py",
-        "            _store.barrier()  # a program may be about to set it",
+        "            _store.settle(core)  # a program may be about to set it",
         "            pass",
         "index copies",
     ),

@@ -193,9 +193,6 @@ class Program:
         Says that, at this layout_epoch(), the states are where the program expects them.
         """
 
-    @property
-    def is_ready(self) -> bool: ...
-
 class Dispatcher:
     """The call path of storax.jit."""
 

@@ -11,12 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from . import _core, _jax
-from ._primitives import get_p, leaf_mask, set_masked_p, set_p, split_row, whole_type
-from ._slot import structure_at
+from . import _jax
+from ._primitives import (
+    arrays,
+    get_p,
+    masked_update,
+    operation_type,
+    set_masked_p,
+    set_p,
+    split_row,
+)
+from ._slot import laid_out_as
 
 __all__ = ["NotHoistableError", "Use", "run", "uses"]
 
@@ -39,13 +46,10 @@ class Use:
     is_set: bool = False
 
 
-def operation_type(eqn: Any) -> int:
-    params = eqn.params
-    _, avals = split_row(
-        [v.aval for v in eqn.invars[eqn.primitive is set_masked_p :]], params["rows"]
-    )
-    shapes, levels = whole_type(avals, params["levels"], params["rows"])
-    return structure_at(params["structure"]).type_id(shapes, levels, params["mesh"])
+def _type_of(eqn: Any) -> int:
+    """The type of the state that a get or set is on."""
+    operands = [v.aval for v in eqn.invars[eqn.primitive is set_masked_p :]]
+    return operation_type(split_row(operands, eqn.params["rows"])[1], **eqn.params)
 
 
 def uses(jaxpr: Any) -> dict[int, Use]:
@@ -66,7 +70,7 @@ def _collect(jaxpr: Any, found: dict[int, Use], always: bool) -> None:
             whole = eqn.primitive is set_p and eqn.params["rows"] is None
             if use is None:
                 use = found[eqn.params["slot"]] = Use([], needs_value=not (whole and always))
-            use.types.append(operation_type(eqn))
+            use.types.append(_type_of(eqn))
             use.is_set |= eqn.primitive is not get_p
         elif eqn.primitive.name in _RULES:
             here = always and eqn.primitive.name not in ("scan", "while", "cond")
@@ -80,18 +84,10 @@ def _collect(jaxpr: Any, found: dict[int, Use], always: bool) -> None:
 
 
 def _moved(leaves: Sequence[Any], to: int, source: int) -> list[Any]:
-    """A state of one type, laid out as one of another that differs in where batch axes stand."""
-    if to == source:
-        return list(leaves)
-    moves = _core.type_moves(to, source)
-    if moves is None:
+    moved = laid_out_as(to, source, leaves)
+    if moved is None:
         raise NotHoistableError("a type that does not match")
-    if not moves:
-        return list(leaves)
-    return [
-        lax.transpose(x, (*perm, *range(len(perm), x.ndim))) if perm else x
-        for x, perm in zip(leaves, moves, strict=True)
-    ]
+    return moved
 
 
 def _like(leaves: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
@@ -100,7 +96,7 @@ def _like(leaves: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
 
 def _get(types: dict[int, int], eqn: Any, ins: list[Any], state: State) -> list[Any]:
     slot, rows = eqn.params["slot"], eqn.params["rows"]
-    leaves = _moved(state[slot], operation_type(eqn), types[slot])
+    leaves = _moved(state[slot], _type_of(eqn), types[slot])
     if rows is not None:
         leaves = [lax.dynamic_index_in_dim(x, ins[0], 0, keepdims=False) for x in leaves]
     return _like(leaves, [v.aval for v in eqn.outvars])
@@ -113,12 +109,14 @@ def _set(types: dict[int, int], eqn: Any, ins: list[Any], state: State) -> None:
     if eqn.primitive is set_masked_p:
         mask, *ins = ins
     row, new = split_row(ins, rows)
-    asked, held = operation_type(eqn), types[slot]
+    asked, held = _type_of(eqn), types[slot]
     if row or mask is not None:
         old = _moved(state[slot], asked, held)
         part = [lax.dynamic_index_in_dim(x, row[0], 0, keepdims=False) for x in old] if row else old
         if mask is not None:
-            new = _masked(mask, new, part, params)
+            new = masked_update(
+                mask, new, part, params["structure"], params["levels"], params["mask_axes"]
+            )
         if row:
             new = [
                 lax.dynamic_update_index_in_dim(o, _jax.as_strong(x), row[0], 0)
@@ -128,16 +126,6 @@ def _set(types: dict[int, int], eqn: Any, ins: list[Any], state: State) -> None:
     if slot in state:
         new = _like(new, [jax.typeof(x) for x in state[slot]])
     state[slot] = new
-
-
-def _masked(mask, new, old, params):
-    kinds = structure_at(params["structure"]).kinds
-    out = []
-    for k, (x, o) in enumerate(zip(new, old, strict=True)):
-        axes = [leaf_axes[k] for leaf_axes, _ in params["levels"]]
-        lanes = leaf_mask(mask, params["mask_axes"], axes, kinds[k].dims(x.shape))
-        out.append(lax.select(lax.broadcast_in_dim(lanes, x.shape, range(lanes.ndim)), x, o))
-    return out
 
 
 # What runs the user's own code, which may raise.
@@ -159,7 +147,7 @@ class _Run:
     def __init__(self, types: dict[int, int]):
         self.types = types
         self._jitted: dict[int, Callable[..., Any]] = {}
-        self._written: dict[int, tuple[Any, frozenset[int]]] = {}
+        self._uses: dict[int, tuple[Any, dict[int, Use]]] = {}
 
     def __call__(
         self, jaxpr: Any, state: State, args: Sequence[Any], fallible: list[Any] | None = None
@@ -173,12 +161,7 @@ class _Run:
             if eqn.primitive is get_p:
                 outs = _get(self.types, eqn, ins, state)
             elif eqn.primitive in (set_p, set_masked_p):
-                # A literal may be a scalar of Python's own.
-                ins = [
-                    x if isinstance(x, jax.Array) else jnp.asarray(x, v.aval.dtype)
-                    for x, v in zip(ins, eqn.invars, strict=True)
-                ]
-                _set(self.types, eqn, ins, state)
+                _set(self.types, eqn, arrays(ins), state)
                 outs = []
             else:
                 with _jax.equation_context(eqn):
@@ -191,23 +174,19 @@ class _Run:
             env.update(zip(eqn.outvars, outs, strict=True))
         return [v.val if isinstance(v, _jax.Literal) else env[v] for v in inner.outvars]
 
+    def uses(self, jaxpr: Any) -> dict[int, Use]:
+        inner = _jax.open_jaxpr(jaxpr)
+        if id(inner) not in self._uses:
+            found: dict[int, Use] = {}
+            _collect(inner, found, always=False)
+            self._uses[id(inner)] = inner, found  # holds it, and so its id
+        return self._uses[id(inner)][1]
+
     def written(self, *jaxprs: Any) -> frozenset[int]:
         """The slots that these set. What they only read they may close over."""
-        slots: frozenset[int] = frozenset()
-        for jaxpr in jaxprs:
-            inner = _jax.open_jaxpr(jaxpr)
-            if id(inner) not in self._written:
-                found: dict[int, Use] = {}
-                _collect(inner, found, always=False)
-                set_here = frozenset(slot for slot, use in found.items() if use.is_set)
-                self._written[id(inner)] = inner, set_here  # holds it, and so its id
-            slots |= self._written[id(inner)][1]
-        return slots
-
-    def touched(self, jaxpr: Any) -> list[int]:
-        found: dict[int, Use] = {}
-        _collect(_jax.open_jaxpr(jaxpr), found, always=False)
-        return sorted(found)
+        return frozenset(
+            slot for jaxpr in jaxprs for slot, use in self.uses(jaxpr).items() if use.is_set
+        )
 
 
 def run(
@@ -243,7 +222,7 @@ def _jit(run, eqn, ins, state):
 
         inner.__name__ = params["name"]
         call = run._jitted[key] = _jax.jit_like(inner, params)
-    slots = [slot for slot in run.touched(params["jaxpr"]) if slot in state]
+    slots = [slot for slot in sorted(run.uses(params["jaxpr"])) if slot in state]
     outs, new = call({slot: state[slot] for slot in slots}, *ins)
     state.update(new)
     return outs

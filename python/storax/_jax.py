@@ -68,6 +68,7 @@ VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 Primitive = jax.extend.core.Primitive
 Tracer = jax.core.Tracer
 Array = _private("array").ArrayImpl  # what is really on a device, as jax.Array alone does not say
+ARRAYS = (jax.Array, np.ndarray, np.generic)  # what a program takes as an array
 Literal = _core.Literal  # jax.extend.core.Literal is the same class
 Zero = _ad.Zero  # the tangent of a constant
 abstract_token = _core.abstract_token
@@ -831,14 +832,13 @@ def call_path() -> tuple[Any, ...]:
 
     The latter is a list of configurations, each followed by the value it ordinarily has.
     """
-    arrays = (jax.Array, np.ndarray, np.generic)
     ordinary = [
         *(_core.trace_state_strong_ref, _core.eval_trace),
         *(_core.axis_env_state, _core.top_axis_env),
         *(_config.debug_nans, False),
         *(_config.debug_infs, False),
     ]
-    return jax.tree_util.default_registry.flatten, Array, arrays, ordinary
+    return jax.tree_util.default_registry.flatten, Array, ARRAYS, ordinary
 
 
 def infer_static(

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -64,16 +64,6 @@ def jit(
     if not callable(fun):
         raise TypeError(f"storax.jit: the first argument must be callable, not {fun!r}.")
     return Jitted(fun, pack, donate, options)
-
-
-def _as_tuple(x: Any) -> tuple[Any, ...]:
-    return (
-        ()
-        if x is None
-        else tuple(x)
-        if isinstance(x, Iterable) and not isinstance(x, str)
-        else (x,)
-    )
 
 
 class Jitted(_core.Dispatcher):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _core, _jax
-from ._slot import type_parts
+from ._slot import laid_out_as, type_parts
 
 __all__ = ["LARGE", "lend", "lend_arrays", "read", "recall", "write"]
 
@@ -26,28 +26,23 @@ def _copy(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(jnp.copy(x) for x in leaves)
 
 
-def _moved(leaves: Sequence[Any], to: int, source: int) -> list[Any] | None:
-    """A state laid out as another type; None if the types do not agree."""
-    moves = _core.type_moves(to, source)
-    if not moves:
-        return None if moves is None else list(leaves)
-    return [
-        jnp.transpose(x, (*perm, *range(len(perm), x.ndim))) if perm else x
-        for x, perm in zip(leaves, moves, strict=True)
-    ]
-
-
 def is_on_one_device(leaves: Sequence[Any]) -> bool:
     return all(len(x.sharding.device_set) == 1 for x in leaves)
 
 
-def _home(leaves: Sequence[Any]) -> int:
-    """The ordinal of the CPU device that these arrays are on; -1 if it is no such thing."""
+def cpu_device(leaves: Sequence[Any]) -> Any:
+    """The CPU device that arrays lie on; None if they are spread over several, or on no such one."""
     devices = {d for x in leaves for d in x.sharding.device_set} or {jax.local_devices()[0]}
     if len(devices) > 1:
-        return -1
+        return None
     (device,) = devices
-    return _jax.device_ordinal(device) if device.platform == "cpu" else -1
+    return device if device.platform == "cpu" else None
+
+
+def _home(leaves: Sequence[Any]) -> int:
+    """The ordinal of that device, or -1."""
+    device = cpu_device(leaves)
+    return -1 if device is None else _jax.device_ordinal(device)
 
 
 def lend_arrays(slot: Any, type_id: int, leaves: Sequence[Any], version: int = -1) -> bool:
@@ -63,10 +58,10 @@ def _make_empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
-def lend(slot: Any, shardings: Any = None) -> bool:
+def lend(slot: Any, sharding: Any = None) -> bool:
     """Lends a state that is in the store's memory. The caller holds the LoanLock.
 
-    `shardings(shape)` says how to spread the arrays; by default they stay on the state's device.
+    By default its arrays stay on the state's device.
     False if the state has just changed, or has to stay in place.
     """
     if slot.is_pinned or not slot.has_memory:
@@ -83,8 +78,8 @@ def lend(slot: Any, shardings: Any = None) -> bool:
         ]
         addresses = [_jax.buffer_address(x.block_until_ready()) for x in leaves]
         slot.copy_out(slot.type, ordinal, addresses)
-        if shardings is not None:
-            leaves = [jax.device_put(x, shardings(x.shape)) for x in leaves]
+        if sharding is not None:
+            leaves = [jax.device_put(x, sharding) for x in leaves]
     return not slot.is_pinned and lend_arrays(slot, slot.type, leaves, version)
 
 
@@ -94,7 +89,7 @@ def read(slot: Any, type_id: int) -> list[Any] | None:
         leaves = _core.loan(slot)
         if leaves is None:
             return None
-        found = _moved(leaves, type_id, slot.type)
+        found = laid_out_as(type_id, slot.type, leaves)
         if found is None:
             raise RuntimeError(slot.explain_get(type_id, slot.device))
         try:
@@ -115,14 +110,14 @@ def write(slot: Any, type_id: int, leaves: Sequence[Any], masks: Sequence[Any] |
             return False
         if masks is not None:
             kinds = type_parts(type_id).structure.kinds
-            before = _moved(old, type_id, slot.type)
+            before = laid_out_as(type_id, slot.type, old)
             if before is None:
                 raise RuntimeError(slot.explain_set(type_id, slot.device))
             leaves = [
                 jnp.where(m.reshape(*m.shape, *[1] * len(k.trailing)), x, o)
                 for m, x, o, k in zip(masks, leaves, before, kinds, strict=True)
             ]
-        new = _moved(leaves, slot.type, type_id)
+        new = laid_out_as(slot.type, type_id, leaves)
         if new is None or (slot.device >= 0 and _home(new) != slot.device):
             raise RuntimeError(slot.explain_set(type_id, _home(leaves)))
         if is_on_one_device(new) and not (new and all(x.committed for x in new)):
@@ -146,7 +141,7 @@ def set_spread(slot: Any, type_id: int, leaves: Sequence[Any]) -> None:
             )
         new = list(leaves)
         if slot.type:
-            found = _moved(leaves, slot.type, type_id)
+            found = laid_out_as(slot.type, type_id, leaves)
             if found is None:
                 raise RuntimeError(slot.explain_set(type_id, slot.device))
             new, type_id = found, slot.type

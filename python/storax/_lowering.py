@@ -8,10 +8,10 @@ from ._primitives import (
     frozen_p,
     get_p,
     leaf_masks,
+    operation_type,
     set_masked_p,
     set_p,
     split_row,
-    whole_type,
 )
 from ._slot import structure_at, type_parts
 
@@ -75,13 +75,10 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     )
 
 
-def _type_of(structure, avals, levels, mesh, rows):
-    shapes, levels = whole_type(avals, levels, rows)
-    return structure_at(structure).type_id(shapes, levels, mesh)
-
-
 def _lower_get(ctx, *args, slot, structure, levels, mesh, rows):
-    type_id = _type_of(structure, ctx.avals_out, levels, mesh, rows)
+    type_id = operation_type(
+        ctx.avals_out, structure=structure, levels=levels, mesh=mesh, rows=rows
+    )
     row, _ = split_row(args, rows)
     row_aval, _ = split_row(ctx.avals_in, rows)
     target = _store.GET_ROW if row else _store.GET
@@ -90,7 +87,7 @@ def _lower_get(ctx, *args, slot, structure, levels, mesh, rows):
 
 def _lower_set(ctx, *args, slot, structure, levels, mesh, rows):
     row, avals = split_row(ctx.avals_in, rows)
-    type_id = _type_of(structure, avals, levels, mesh, rows)
+    type_id = operation_type(avals, structure=structure, levels=levels, mesh=mesh, rows=rows)
     target = _store.SET_ROW if row else _store.SET
     return _lower(ctx, "set_state", target, slot, type_id, mesh, args, ctx.avals_in)
 
@@ -105,7 +102,7 @@ def _lower_set_masked(ctx, mask, *args, slot, structure, levels, mesh, rows, mas
         return leaf_masks(mask, mask_axes, levels, dims)
 
     masks = _jax.lower_inline(ctx, spread, ctx.avals_in[:1], mask_avals, mask)
-    type_id = _type_of(structure, avals, levels, mesh, rows)
+    type_id = operation_type(avals, structure=structure, levels=levels, mesh=mesh, rows=rows)
     target = _store.SET_ROW_MASKED if row else _store.SET_MASKED
     operands, avals_in = [*row, *masks, *state], [*row_aval, *mask_avals, *avals]
     return _lower(ctx, "set_state", target, slot, type_id, mesh, operands, avals_in)

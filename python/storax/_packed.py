@@ -53,8 +53,7 @@ def _lower(ctx: Any, target: str, op: str, operands: Any, avals_in: Any, slots: 
     for slot_id, type_id in slots:
         slot = _core.share_slot(slot_id)
         _jax.keep_alive(ctx, _core.Pin(slot))
-        if _core.loan(slot) is not None:
-            _loans.recall(slot, op)
+        _loans.recall(slot, op)
         numbers += [slot_id, type_id]
     return _jax.ffi_call(
         ctx, target, operands, avals_in, ctx.avals_out, states=np.array(numbers, np.int64)

@@ -63,6 +63,14 @@ def whole_type(avals: Sequence[Any], levels: tuple, rows: int | None) -> tuple[t
     return tuple((rows, *shape) for shape in shapes), below
 
 
+def operation_type(
+    avals: Sequence[Any], *, structure: int, levels: tuple, mesh: tuple, rows: int | None, **_: Any
+) -> int:
+    """The type of the state that an operation with these parameters is on; `avals` are its leaves'."""
+    shapes, levels = whole_type(avals, levels, rows)
+    return structure_at(structure).type_id(shapes, levels, mesh)
+
+
 # --- Abstract evaluation --------------------------------------------------------------------------
 
 

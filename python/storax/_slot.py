@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -161,6 +162,20 @@ _parts: dict[int, TypeParts] = {}
 
 def type_parts(number: int) -> TypeParts:
     return _parts[number]
+
+
+def laid_out_as(to: int, source: int, leaves: Sequence[Any]) -> list[Any] | None:
+    """A state of type `source` as one of type `to`, which may differ in where batch axes stand.
+
+    None if the types do not agree.
+    """
+    moves = _core.type_moves(to, source)
+    if not moves:
+        return None if moves is None else list(leaves)
+    return [
+        jax.lax.transpose(x, (*perm, *range(len(perm), x.ndim))) if perm else x
+        for x, perm in zip(leaves, moves, strict=True)
+    ]
 
 
 _structures: list[Structure] = []

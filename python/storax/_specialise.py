@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from . import _core, _hoist, _jax, _loans, _packed, _store
 from ._hoist import NotHoistableError
@@ -23,7 +22,7 @@ __all__ = ["Specialised"]
 
 
 def is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+    return isinstance(x, _jax.ARRAYS)
 
 
 def _as_arrays(result: Any) -> Any:
@@ -52,6 +51,11 @@ class Placement:
     read: tuple[int, ...]  # lent, and left alone
     born: tuple[int, ...]  # to be lent: the program makes their first state
     shardings: tuple[Any, ...]  # of the donated ones' leaves, if they are spread over devices
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the compiled function depends on: the states that it takes and returns."""
+        return self.donated, self.read, self.born, self.shardings
 
     @property
     def lent(self) -> tuple[int, ...]:
@@ -85,7 +89,7 @@ class Specialised:
         self._packed_only = form["pack"] is True
         self._donate = form["donate"]
         self._traces: dict[Any, Trace] = {}
-        self._compiled: dict[Placement, Any] = {}
+        self._compiled: dict[tuple[Any, ...], Any] = {}  # by Placement.key
         self._program: Any = None  # what the call path runs
         # What is compiled must not hold this, which holds it.
         this = self._this = weakref.ref(self)
@@ -177,9 +181,9 @@ class Specialised:
     # --- The hoisted function ---
 
     def compiled(self, placement: Placement) -> Any:
-        made = self._compiled.get(placement)
+        made = self._compiled.get(placement.key)
         if made is None:
-            made = self._compiled[placement] = self._make(placement)
+            made = self._compiled[placement.key] = self._make(placement)
         return made
 
     def _make(self, placement: Placement) -> Callable[..., Any]:
@@ -216,9 +220,7 @@ class Specialised:
             raise NotHoistableError("jit is disabled")
         trace = self.trace(arrays, with_jaxpr=True)
         now = self.place(trace.uses)
-        if now is None or dataclasses.replace(now, types=(), loaded=(), stored=()) != (
-            dataclasses.replace(placement, types=(), loaded=(), stored=())
-        ):
+        if now is None or now.key != placement.key:
             raise NotHoistableError("other states than those of the program")
         jaxpr, trace.jaxpr = trace.jaxpr, None
         state = {slot_id: list(leaves) for slot_id, leaves in lent.items()}
@@ -282,22 +284,21 @@ class Specialised:
             slot = _core.share_slot(slot_id)
             if _core.loan(slot) is not None:
                 continue
-            if slot.is_pinned and self._pure:
+            if slot.is_pinned:
                 leaves = _store.read_stored(slot)[1]
                 borrowed[slot_id] = (
-                    [jax.device_put(x, spread(x.shape)) for x in leaves] if spread else leaves
+                    [jax.device_put(x, spread) for x in leaves] if spread else leaves
                 )
             elif not _loans.lend(slot, spread):
                 return None
         return borrowed
 
-    def _spread_like(self, arrays: Sequence[Any]) -> Callable[[tuple[int, ...]], Any] | None:
+    def _spread_like(self, arrays: Sequence[Any]) -> Any:
         """How states are to lie beside these arrays: whole, on each device, if there are several."""
         for x in arrays:
             sharding = getattr(x, "sharding", None)
             if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.device_set) > 1:
-                whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-                return lambda shape: whole
+                return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
         return None
 
     def execute(
@@ -354,7 +355,7 @@ class Specialised:
                 )
             parts = type_parts(types[slot_id])
             return tuple(
-                jax.ShapeDtypeStruct(s, k.stored, sharding=spread(s) if spread else None)
+                jax.ShapeDtypeStruct(s, k.stored, sharding=spread)
                 for s, k in zip(parts.shapes, parts.structure.kinds, strict=True)
             )
 
@@ -371,11 +372,14 @@ class Specialised:
 
     def run_compiled(self, call: Any, placement: Placement, arrays: Sequence[Any]) -> Any:
         """Runs what was compiled ahead of time."""
-        for slot_id, _ in (*placement.loaded, *placement.stored):
-            _loans.recall(_core.share_slot(slot_id), "get_state")
         slots = [_core.share_slot(s) for s in (*placement.lent, *placement.born)]
+        types = dict(placement.types)
         while True:
             with _core.LoanLock(slots):
+                for slot_id in placement.lent:
+                    slot = _core.share_slot(slot_id)
+                    if not slot.has_memory and _core.loan(slot) is None:
+                        raise RuntimeError(slot.explain_get(types[slot_id], slot.device))
                 borrowed = self._lend(placement, arrays)
                 if borrowed is not None:
                     return self.execute(call, placement, borrowed, arrays)[0]
@@ -385,7 +389,7 @@ class Specialised:
     def lost(self) -> list[str]:
         """The names of the slots whose state a failed program has taken with it."""
         names = []
-        for slot_id in {s for placement in self._compiled for s in placement.donated}:
+        for slot_id in {s for donated, *_ in self._compiled for s in donated}:
             try:
                 slot = _core.share_slot(slot_id)
             except KeyError:

@@ -181,19 +181,6 @@ def _report_at_exit() -> None:
         print(f"storax: {e}", file=sys.stderr)
 
 
-def _device_of(leaves: Sequence[Any], op: str, slot: Any) -> Any:
-    """The CPU device that arrays lie on; None if they are spread over several, or on no such one."""
-    devices = {d for x in leaves for d in x.sharding.device_set}
-    if not devices:
-        return jax.local_devices()[0]
-    if len(devices) > 1:
-        return None
-    (device,) = devices
-    if device.platform != "cpu":
-        return None
-    return device
-
-
 def check_no_tracers(leaves: Sequence[Any], op: str, slot: Any) -> None:
     """With no trace active, a tracer is one that got away."""
     for x in leaves:
@@ -312,7 +299,7 @@ def set(
         with _jax.eval_now():
             state = [x if isinstance(x, _jax.Array) else jnp.asarray(np.asarray(x)) for x in state]
     type_id = structure.type_id(tuple(x.shape for x in state), levels, mesh)
-    device = _device_of(state, "set_state", slot)
+    device = _loans.cpu_device(state)
     if device is None:
         _loans.set_spread(slot, type_id, state)
         return type_id, -1

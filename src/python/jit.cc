@@ -287,7 +287,6 @@ class Dispatcher {
     by_count_.clear();
     programs_.clear();
   }
-  nb::dict programs() const { return programs_; }
 
   int traverse(visitproc visit, void* arg) {
     Py_VISIT(retry_.ptr());
@@ -476,8 +475,7 @@ void bind_jit(nb::module_& m) {
       .def(nb::init<nb::object, const std::vector<nb::object>&, const std::vector<nb::object>&>(),
            "call"_a, "donated"_a, "read"_a)
       .def("set_ready", &Program::set_ready, "epoch"_a,
-           "Says that, at this layout_epoch(), the states are where the program expects them.")
-      .def_prop_ro("is_ready", &Program::is_ready);
+           "Says that, at this layout_epoch(), the states are where the program expects them.");
 
   nb::class_<Dispatcher>(m, "Dispatcher", nb::type_slots(dispatcher_slots),
                          "The call path of storax.jit.")
@@ -485,8 +483,7 @@ void bind_jit(nb::module_& m) {
            "static_argnums"_a, "static_argnames"_a)
       .def("_analyse", &Dispatcher::analyse, "args"_a, "kwargs"_a)
       .def("_add", &Dispatcher::add, "key"_a, "program"_a)
-      .def("_clear", &Dispatcher::clear)
-      .def_prop_ro("_programs", &Dispatcher::programs);
+      .def("_clear", &Dispatcher::clear);
 
   nb::class_<LoanLockContext>(m, "LoanLock", "Holds the loan mutexes of slots.")
       .def(nb::init<const std::vector<nb::object>&>(), "slots"_a)

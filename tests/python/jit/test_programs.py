@@ -158,6 +158,27 @@ def test_lower_compile_and_call():
     assert (state(), large_state()) == (5, 5)
 
 
+def test_a_compiled_program_whose_large_state_plain_jit_keeps_in_place():
+    index, count, state = counter(0, 20_000)
+    compiled = storax.jit(lambda: count()[0]).lower().compile()
+    plain = jax.jit(lambda: storax.get_state(index, jnp.zeros(20_000))[0])
+    for k in range(1, 4):
+        assert compiled() == k
+        assert plain() == state() == k
+
+
+def test_a_compiled_program_whose_large_state_is_lost():
+    index, count, _ = counter(0, 20_000)
+    compiled = storax.jit(lambda: count()[0]).lower().compile()
+    assert compiled() == 1
+    with _core.LoanLock([index._slot.core]):
+        index._slot.core.lose()
+    with pytest.raises(RuntimeError, match="is lost"):
+        compiled()
+    storax.set_state(index, jnp.ones(20_000))
+    assert compiled() == 2
+
+
 def test_trace_and_eval_shape():
     _, count, state = counter()
     f = storax.jit(lambda x: (x + count(), x.astype(jnp.int32)))

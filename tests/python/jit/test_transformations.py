@@ -121,9 +121,7 @@ def test_batch_axes_that_control_flow_moves(jit):
     index = storax.StateIndex()
     x = jnp.arange(6.0).reshape(2, 3)
     lanes = lambda f: jax.vmap(f, in_axes=1, out_axes=1)
-    lanes(lambda x: storax.set_state(index, x))(x) if False else jax.vmap(
-        lambda x: storax.set_state(index, x), in_axes=1
-    )(x)
+    jax.vmap(lambda x: storax.set_state(index, x), in_axes=1)(x)
 
     def loop(x):
         def body(c, _):

@@ -76,10 +76,12 @@ def _masked(jaxpr, consts, mask, args):
 
 def _masked_equation(eqn, ins, mask):
     # What is pure may still have rules with state in them.
-    has_rules = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")
-    if not (_jax.has_state(eqn) or has_rules) or eqn.primitive is get_p:
+    has_state = _jax.has_state(eqn)
+    if not (has_state or _jax.has_rules(eqn)) or eqn.primitive is get_p:
         return _jax.bind_equation(eqn, ins)
     rule = _masked_rules.get(eqn.primitive.name)
+    if rule is None and not has_state:
+        return _jax.bind_equation(eqn, ins)
     if rule is None:
         raise NotImplementedError(
             f"storax: state inside `{eqn.primitive.name}`, in a branch or loop whose predicate is "
@@ -371,9 +373,22 @@ def _wrap_cond(original):
     return rule
 
 
+def _parts_lanes_with_rules(axis_data, args, dims, params):
+    """Whether the lanes of a pure loop end at different times, with custom rules in it."""
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    if not any(_jax.has_rules(e) for j in (cond, body) for e in _jax.open_jaxpr(j).eqns):
+        return False
+    cond_dims, body_dims, init_dims = _jax.split_while(params, dims)
+    carry_dims = _batched_carry(axis_data, body, body_dims, init_dims)
+    (pred_dim,) = _jax.batched_out_axes(cond, axis_data, [*cond_dims, *carry_dims])
+    return pred_dim is not None
+
+
 def _wrap_while(original):
     def rule(axis_data, args, dims, **params):
         if not _jax.has_state(params["cond_jaxpr"], params["body_jaxpr"]):
+            if _parts_lanes_with_rules(axis_data, args, dims, params):
+                axis_data = _jax.as_parted(axis_data)
             return original(axis_data, args, dims, **params)
         _unknown_jax.require("vmap of control flow")
         out = _batch_masked_while(axis_data, [None, *args], [None, *dims], params=params)

@@ -157,22 +157,26 @@ class _Run:
         env = dict(zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=True))
         env.update(zip(inner.invars, args, strict=True))
         for eqn in inner.eqns:
-            ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
-            if eqn.primitive is get_p:
-                outs = _get(self.types, eqn, ins, state)
-            elif eqn.primitive in (set_p, set_masked_p):
-                _set(self.types, eqn, arrays(ins), state)
-                outs = []
-            else:
-                with _jax.equation_context(eqn):
-                    if _jax.has_state(eqn):
-                        outs = _RULES[eqn.primitive.name](self, eqn, ins, state)
-                    else:
-                        outs = _jax.bind_equation(eqn, ins)
+            has_state = _jax.has_state(eqn)
+            outs = None if has_state else _jax.stage_again(eqn, env)
+            if outs is None:
+                outs = self._equation(eqn, env, state, has_state)
             if fallible is not None and _may_fail(eqn):
                 fallible += outs
             env.update(zip(eqn.outvars, outs, strict=True))
         return [v.val if isinstance(v, _jax.Literal) else env[v] for v in inner.outvars]
+
+    def _equation(self, eqn: Any, env: dict[Any, Any], state: State, has_state: bool) -> list[Any]:
+        ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
+        if eqn.primitive is get_p:
+            return _get(self.types, eqn, ins, state)
+        if eqn.primitive in (set_p, set_masked_p):
+            _set(self.types, eqn, arrays(ins), state)
+            return []
+        with _jax.equation_context(eqn):
+            if has_state:
+                return _RULES[eqn.primitive.name](self, eqn, ins, state)
+            return _jax.bind_equation(eqn, ins)
 
     def uses(self, jaxpr: Any) -> dict[int, Use]:
         inner = _jax.open_jaxpr(jaxpr)

@@ -259,6 +259,13 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
     return found
 
 
+def has_rules(eqn: Any) -> bool:
+    """Whether an equation is, or contains, a function with a rule of its own for its derivative."""
+    return eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call") or any(
+        has_rules(inner) for jaxpr in inner_jaxprs(eqn) for inner in jaxpr.eqns
+    )
+
+
 @contextlib.contextmanager
 def equation_context(eqn: Any) -> Iterator[None]:
     """Where an equation is evaluated again: under its own name scopes and configuration."""
@@ -272,6 +279,36 @@ def bind_equation(eqn: Any, args: Sequence[Any]) -> list[Any]:
     """Evaluates one equation as it stands."""
     out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def stage_again(eqn: Any, env: dict[Any, Any]) -> list[Any] | None:
+    """Adds an equation of an earlier trace to the one under way, as it stands; None if that won't do.
+
+    Gives what `bind_equation` gives, at a third of the cost, as no rule is asked again.
+    """
+    trace = _core.trace_ctx.trace
+    if (
+        VERSION not in TESTED
+        or type(trace) is not _pe.DynamicJaxprTrace
+        or eqn.effects
+        or eqn.primitive in _pe.custom_staging_rules
+        or eqn.primitive in _pe.forwarding_rules
+        or eqn.primitive.is_high(*[v.aval for v in eqn.invars], **eqn.params)
+        or _source_info.current_name_stack().stack
+    ):
+        return None
+    tracers = []
+    for v in eqn.invars:
+        if isinstance(v, Literal):
+            x = _pe.DynamicJaxprTracer(trace, v.aval, v, eqn.source_info)
+        else:
+            x = env[v]
+            if type(x) is not _pe.DynamicJaxprTracer or x._trace is not trace or x.aval != v.aval:
+                return None
+        tracers.append(x)
+    avals = [v.aval for v in eqn.outvars]
+    args = eqn.primitive, eqn.params, eqn.effects, eqn.source_info, eqn.ctx
+    return trace.emit_eqn(tracers, avals, *args)
 
 
 def split_scan(params: dict[str, Any], args: Sequence[Any]) -> tuple[list, list, list]:

@@ -33,8 +33,8 @@ class _StatePrimitive(_jax.Primitive):
         if self is set_p and _jax.in_parted_rule():
             raise NotImplementedError(
                 "storax.set_state in a rule of `custom_jvp` or `custom_vjp`, under `grad` of `vmap` "
-                "of a `cond` or `switch` whose predicate is batched: which lanes the rule is for is "
-                "no longer known. Use `vmap` of `grad`, or get the state in the "
+                "of a `cond`, `switch` or `while_loop` whose predicate is batched: which lanes the rule "
+                "is for is no longer known. Use `vmap` of `grad`, or get the state in the "
                 "function itself too, which shows it before it is differentiated."
             )
         return super().bind_with_trace(trace, *args)

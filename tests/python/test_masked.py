@@ -332,6 +332,68 @@ def test_state_in_a_backward_rule_under_a_mask(order, where, jit):
     np.testing.assert_array_equal(state, [0, 1, 1])
 
 
+def _loop(how, f):
+    """A loop without state that runs `f` twice if x > 1."""
+    if how == "while":  # lanes end at different times
+        goes_on = lambda c: c[0] < jnp.where(c[2] > 1, 2, 0)
+        step = lambda c: (c[0] + 1, f(c[1]), c[2])
+        return lambda x: lax.while_loop(goes_on, step, (0, x, x))[1]
+    if how == "fori":
+        return lambda x: lax.fori_loop(0, 2, lambda _, x: f(x), x)
+    if how == "while in step":
+        goes_on = lambda c: c[0] < 2
+        return lambda x: lax.while_loop(goes_on, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
+    if how == "switch in scan":
+        step = lambda x, k: (lax.switch(k, [lambda x: x, f, f], x), None)
+        return lambda x: lax.scan(step, x, jnp.arange(3))[0]
+    return lambda x: lax.scan(lambda x, _: (f(x), None), x, None, length=2)[0]
+
+
+LOOPS = ["while", "while in step", "scan", "fori", "switch in scan"]
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("around", ["", "cond", "cond with state"])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("order", ["jvp of vmap", "vmap of jvp"])
+def test_state_in_a_rule_alone_in_a_loop_under_a_mask(order, loop, around, jit):
+    """Until it is differentiated there is no state to be seen in the loop."""
+    index, other = storax.StateIndex(), storax.StateIndex()
+    xs = jnp.array([0.0, 2.0, 3.0])
+    jax.vmap(lambda x: storax.set_state(index, x))(xs * 0)
+    storax.set_state(other, jnp.float32(1))
+
+    f = jax.custom_jvp(lambda x: x)
+
+    @f.defjvp
+    def _(primals, tangents):
+        (x,), (t,) = primals, tangents
+        storax.set_state(index, storax.get_state(index, 0 * x) + 1)
+        return x, 5 * t
+
+    run = _loop(loop, f)
+    branches = {
+        "cond": run,
+        "cond with state": lambda x: run(x) * storax.get_state(other, jnp.float32(0)),
+    }
+    g = (lambda x: lax.cond(x > 1, branches[around], lambda x: x, x)) if around else run
+    if order == "vmap of jvp":
+        call = jax.vmap(lambda x: jax.jvp(g, (x,), (jnp.ones_like(x),)))
+    else:
+        call = lambda xs: jax.jvp(jax.vmap(g), (xs,), (jnp.ones_like(xs),))
+    masked = bool(around) or loop == "while"
+    if order == "jvp of vmap" and masked and around != "cond with state":
+        # JAX has made selects of it: before it is differentiated there is no state in it.
+        with pytest.raises(NotImplementedError, match=r"no longer known. Use `vmap` of `grad`"):
+            jit(call)(xs)
+        return
+    values, slopes = jit(call)(xs)
+    np.testing.assert_allclose(values, xs)
+    np.testing.assert_allclose(slopes, [1 if masked else 25, 25, 25])
+    state = jax.vmap(lambda x: storax.get_state(index, x))(xs)
+    np.testing.assert_array_equal(state, [0 if masked else 2, 2, 2])
+
+
 # --- Unbatched state, and what is not masked -------------------------------------------------------
 
 

@@ -66,10 +66,11 @@ def run_tests(tree: str, selection: list[str], limit: int = LIMIT) -> str | None
 
 
 def pytest_arguments(tests: str) -> list[str]:
-    """From "masked grad -k while": files of tests/python, and options."""
+    """From "masked jit/calls -k while": files of tests/python, and options."""
     files, *options = re.split(r" (?=-)", tests)
+    parts = [os.path.split(name) for name in files.split()]
     return [
-        *(os.path.join("tests", "python", f"test_{name}.py") for name in files.split()),
+        *(os.path.join("tests", "python", folder, f"test_{name}.py") for folder, name in parts),
         *(part for option in options for part in option.split(" ", 1)),
     ]
 

@@ -417,13 +417,6 @@ MUTANTS = [
         "masked -k backward",
     ),
     Mutant(
-        "rules in a mask are taken for pure",
-        "_control_flow.py",
-        'has_rules = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")',
-        "has_rules = False",
-        "masked -k backward",
-    ),
-    Mutant(
         "rules in a mask are taken for those of parted lanes",
         "_masked_custom.py",
         "    with _jax.parted_rule(False):",
@@ -572,7 +565,132 @@ MUTANTS = [
         "            pass",
         "index copies",
     ),
+    # --- Rules of custom derivatives that hide state ---
+    _never(
+        "parts the lanes of a loop with rules",
+        "_control_flow.py",
+        "if _parts_lanes_with_rules(axis_data, args, dims, params):",
+        "masked",
+    ),
+    Mutant(
+        "rules within what shows no state are not masked",
+        "_control_flow.py",
+        "if not (has_state or _jax.has_rules(eqn)) or",
+        "if not has_state or",
+        "masked",
+    ),
     # --- Stacked layers ---
     _never("refuses to stack inside a trace", "_stack.py", "if not _jax.no_trace():", "stack"),
     _never("refuses to stack batched states", "_stack.py", "if outer:", "stack"),
+    # --- storax.jit ---
+    *(
+        _without(f"hoisting of {name}", "_hoist.py", f"    {line}\n", "jit/programs")
+        for name, line in {
+            "jit": '"jit": _jit,',
+            "scan": '"scan": _scan,',
+            "while": '"while": _while,',
+            "cond": '"cond": _cond,',
+            "checkpoint": '"remat2": _inline("jaxpr"),',
+            "custom_jvp": '"custom_jvp_call": _inline("call_jaxpr"),',
+            "custom_vjp": '"custom_vjp_call": _inline("call_jaxpr"),',
+        }.items()
+    ),
+    Mutant(
+        "a hoisted condition that sets state is not part of a round",
+        "_hoist.py",
+        "    if not run.written(cond):",
+        "    if True:",
+        "jit/transformations",
+    ),
+    Mutant(
+        "a state that a loop sets first needs no value",
+        "_hoist.py",
+        'once and runs and name != "scan"',
+        "once",
+        "jit/programs jit/transformations nesting",
+    ),
+    _never(
+        "orders the store after what may fail", "_hoist.py", "if _may_fail(eqn):", "jit/failures"
+    ),
+    _never(
+        "notes whether a set has run",
+        "_specialise.py",
+        "if not trace.uses[slot_id].is_always_set:",
+        "jit/threads",
+    ),
+    _never(
+        "leaves what does not match to plain jit",
+        "_specialise.py",
+        "if any(_core.type_moves(t, type_id) is None for t in use.types):",
+        "jit/failures jit/programs jit/calls",
+    ),
+    _never(
+        "leaves an unset state to plain jit",
+        "_specialise.py",
+        "if use.needs_value and not is_there:",
+        "jit/failures jit/programs jit/calls",
+    ),
+    Mutant(
+        "debug_nans is hoisted",
+        "_specialise.py",
+        "if uses is None or _jax.debugs_values():",
+        "if uses is None:",
+        "jit/transformations jit/failures jit/programs jit/calls",
+    ),
+    Mutant(
+        "a donated state that is not read is dropped",
+        "_specialise.py",
+        'changes["keep_unused"] = True',
+        'changes["keep_unused"] = False',
+        "jit/programs jit/calls jit/meshes jit/aliasing",
+    ),
+    Mutant(
+        "shardings of states are left to XLA",
+        "_specialise.py",
+        "states = [*placement.shardings, *[None] * len(placement.born)]",
+        "states = [None] * len((*placement.shardings, *placement.born))",
+        "jit/meshes",
+    ),
+    Mutant(
+        "the packed form over several devices",
+        "_packed.py",
+        "    if devices not in (None, 1) or auto_axes or",
+        "    if",
+        "jit/meshes",
+    ),
+    Mutant(
+        "the store may come before ordered effects",
+        "_packed.py",
+        "tokens = [ctx.tokens_in.get(e) for e in after]",
+        "tokens = []",
+        "jit/failures jit/threads",
+    ),
+    _without(
+        "recall of what is lent",
+        "_lowering.py",
+        "    _loans.recall(slot, op)\n",
+        "jit/programs jit/threads",
+    ),
+    Mutant(
+        "an eager get is the state that is lent",
+        "_loans.py",
+        "copies = list(_copy(found))",
+        "copies = list(found)",
+        "jit/aliasing jit/calls",
+    ),
+    Mutant(
+        "an eager set lends the user's array",
+        "_loans.py",
+        "        copies = _copy(new)\n",
+        "        copies = tuple(new)\n",
+        "jit/aliasing jit/calls",
+    ),
+    Mutant(
+        "a call under another transformation is a call of its own",
+        "_jit.py",
+        "if not _jax.no_trace() or jax.config.jax_disable_jit:",
+        "if False:",
+        "jit/transformations",
+    ),
+    _never("says which states are lost", "_jit.py", "if lost:", "jit/failures"),
 ]

@@ -7,10 +7,11 @@ slots have them.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from . import _jax
@@ -30,6 +31,11 @@ __all__ = ["NotHoistableError", "Use", "run", "uses"]
 State = dict[int, list[Any]]
 
 
+def flag_of(slot: int) -> int:
+    """Where a `State` has whether the slot has been set, if that depends on what the program does."""
+    return ~slot
+
+
 class NotHoistableError(Exception):
     """The program has to run as plain `jax.jit` runs it, which raises whatever is wrong with it."""
 
@@ -44,6 +50,7 @@ class Use:
     types: list[int]  # of its operations; the first is that of the first
     needs_value: bool = False  # a state from before, since not all begins with a set of the whole
     is_set: bool = False
+    is_always_set: bool = False
 
 
 def _type_of(eqn: Any) -> int:
@@ -55,11 +62,12 @@ def _type_of(eqn: Any) -> int:
 def uses(jaxpr: Any) -> dict[int, Use]:
     """Which slots a closed jaxpr uses, and how. Raises `NotHoistableError` where `run` has no rule."""
     found: dict[int, Use] = {}
-    _collect(_jax.open_jaxpr(jaxpr), found, always=True)
+    _collect(_jax.open_jaxpr(jaxpr), found, once=True, always=True)
     return found
 
 
-def _collect(jaxpr: Any, found: dict[int, Use], always: bool) -> None:
+def _collect(jaxpr: Any, found: dict[int, Use], once: bool, always: bool) -> None:
+    """`always`: whether the jaxpr runs for certain; `once`: and no more than once."""
     for eqn in jaxpr.eqns:
         if not _jax.has_state(eqn):
             continue
@@ -69,13 +77,15 @@ def _collect(jaxpr: Any, found: dict[int, Use], always: bool) -> None:
             use = found.get(eqn.params["slot"])
             whole = eqn.primitive is set_p and eqn.params["rows"] is None
             if use is None:
-                use = found[eqn.params["slot"]] = Use([], needs_value=not (whole and always))
+                use = found[eqn.params["slot"]] = Use([], needs_value=not (whole and once))
             use.types.append(_type_of(eqn))
             use.is_set |= eqn.primitive is not get_p
+            use.is_always_set |= eqn.primitive is set_p and always
         elif eqn.primitive.name in _RULES:
-            here = always and eqn.primitive.name not in ("scan", "while", "cond")
+            name = eqn.primitive.name
+            runs = name not in ("while", "cond") and eqn.params.get("length") != 0
             for inner in _jax.inner_jaxprs(eqn):
-                _collect(inner, found, here)
+                _collect(inner, found, once and runs and name != "scan", always and runs)
         else:
             raise NotHoistableError(f"state inside `{eqn.primitive.name}`")
 
@@ -126,6 +136,9 @@ def _set(types: dict[int, int], eqn: Any, ins: list[Any], state: State) -> None:
     if slot in state:
         new = _like(new, [jax.typeof(x) for x in state[slot]])
     state[slot] = new
+    if flag_of(slot) in state:
+        before = state[flag_of(slot)][0]
+        state[flag_of(slot)] = [np.array(True) if mask is None else before | mask.any()]
 
 
 # What runs the user's own code, which may raise.
@@ -153,6 +166,7 @@ class _Run:
         self, jaxpr: Any, state: State, args: Sequence[Any], fallible: list[Any] | None = None
     ) -> list[Any]:
         """Evaluates a closed jaxpr; `state` is brought up to date in place."""
+        fallible = [] if fallible is None else fallible
         inner = _jax.open_jaxpr(jaxpr)
         env = dict(zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=True))
         env.update(zip(inner.invars, args, strict=True))
@@ -161,7 +175,7 @@ class _Run:
             outs = None if has_state else _jax.stage_again(eqn, env)
             if outs is None:
                 outs = self._equation(eqn, env, state, has_state)
-            if fallible is not None and _may_fail(eqn):
+            if _may_fail(eqn):
                 fallible += outs
             env.update(zip(eqn.outvars, outs, strict=True))
         return [v.val if isinstance(v, _jax.Literal) else env[v] for v in inner.outvars]
@@ -182,7 +196,7 @@ class _Run:
         inner = _jax.open_jaxpr(jaxpr)
         if id(inner) not in self._uses:
             found: dict[int, Use] = {}
-            _collect(inner, found, always=False)
+            _collect(inner, found, once=False, always=False)
             self._uses[id(inner)] = inner, found  # holds it, and so its id
         return self._uses[id(inner)][1]
 
@@ -204,8 +218,10 @@ def run(
     return _Run(types)(jaxpr, state, args, fallible)
 
 
-def _carried(state: State, slots: frozenset[int]) -> State:
-    return {slot: state[slot] for slot in sorted(slots)}
+def _carried(state: State, slots: Iterable[int]) -> State:
+    """The part of a state that is of these slots."""
+    keys = [key for slot in slots for key in (slot, flag_of(slot))]
+    return {key: state[key] for key in sorted(keys) if key in state}
 
 
 def _inline(key: str) -> Callable[..., list[Any]]:
@@ -226,8 +242,7 @@ def _jit(run, eqn, ins, state):
 
         inner.__name__ = params["name"]
         call = run._jitted[key] = _jax.jit_like(inner, params)
-    slots = [slot for slot in sorted(run.uses(params["jaxpr"])) if slot in state]
-    outs, new = call({slot: state[slot] for slot in slots}, *ins)
+    outs, new = call(_carried(state, run.uses(params["jaxpr"])), *ins)
     state.update(new)
     return outs
 

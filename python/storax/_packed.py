@@ -1,11 +1,12 @@
 """Loading and storing the states of many slots by one call each, for hoisted programs.
 
-    load_states                     -> ticket, *leaves   slots
-    store_states  *others, *leaves  ->                   slots, after
+    load_states                             -> ticket, *leaves   slots
+    store_states  *others, *[flag] *leaves  ->                   slots, after
 
 `slots` are pairs of a slot's and a type's number. `ticket` is an s32 scalar: what store is given
-besides the leaves orders it after the load, and after whatever may fail; `after` are the ordered effects
-of the program, which it comes after too.
+besides the states orders it after the load, and after whatever may fail; `after` are the ordered effects
+of the program, which it comes after too. A type's number is negative where the slot may not have been
+set: whether it was, a flag before its leaves says.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from . import _core, _jax, _loans, _store
+from ._hoist import flag_of
 from ._slot import type_parts
 
 __all__ = ["NeedsPureError", "load_p", "store_p"]
@@ -89,5 +91,10 @@ def load(slots: tuple[tuple[int, int], ...]) -> tuple[Any, dict[int, list[Any]]]
 
 
 def store(slots: tuple, others: list[jax.Array], states: Any, effects: tuple) -> None:
-    leaves = [x for slot_id, _ in slots for x in states[slot_id]]
-    store_p.bind(*others, *leaves, slots=slots, after=effects)
+    """Stores the states of these slots, or as many of them as were set, by their flags."""
+    targets, operands = [], list(others)
+    for slot_id, type_id in slots:
+        was_set = states.get(flag_of(slot_id), [])
+        targets.append((slot_id, -type_id if was_set else type_id))
+        operands += [*was_set, *states[slot_id]]
+    store_p.bind(*operands, slots=tuple(targets), after=effects)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from . import _core, _hoist, _jax, _loans, _packed, _store
 from ._hoist import NotHoistableError
@@ -220,7 +221,7 @@ class Specialised:
             raise NotHoistableError("jit is disabled")
         trace = self.trace(arrays, with_jaxpr=True)
         now = self.place(trace.uses)
-        if now is None or now.key != placement.key:
+        if now is None or trace.uses is None or now.key != placement.key:
             raise NotHoistableError("other states than those of the program")
         jaxpr, trace.jaxpr = trace.jaxpr, None
         state = {slot_id: list(leaves) for slot_id, leaves in lent.items()}
@@ -229,6 +230,9 @@ class Specialised:
             ticket, states = _packed.load(now.loaded)
             state.update(states)
             others.append(ticket)
+        for slot_id, _ in now.stored:
+            if not trace.uses[slot_id].is_always_set:
+                state[_hoist.flag_of(slot_id)] = [np.array(False)]
         outs = _hoist.run(jaxpr, dict(now.types), state, arrays, others)
         if now.stored:
             effects = tuple(e for e in jaxpr.effects if _jax.is_ordered(e) and not _jax.is_state(e))

@@ -18,7 +18,8 @@ namespace {
 
 namespace xf = ::xla::ffi;
 
-// A decoded `states` attribute.
+// A decoded `states` attribute: the nonce, then each slot's number and its type's. A type's number
+// is negative where the slot may not have been set: a flag, pred[], then stands before its leaves.
 class Targets {
  public:
   Targets() = default;
@@ -28,15 +29,19 @@ class Targets {
   std::int64_t nonce() const noexcept { return states_[0]; }
   std::size_t size() const noexcept { return size_; }
   SlotId slot(std::size_t i) const noexcept { return states_[1 + 2 * i]; }
-  TypeId type(std::size_t i) const noexcept { return static_cast<TypeId>(states_[2 + 2 * i]); }
+  TypeId type(std::size_t i) const noexcept {
+    const std::int64_t type = states_[2 + 2 * i];
+    return static_cast<TypeId>(type < 0 ? -type : type);
+  }
+  bool has_flag(std::size_t i) const noexcept { return states_[2 + 2 * i] < 0; }
 
  private:
   const std::int64_t* states_ = nullptr;
   std::size_t size_ = 0;
 };
 
-// Runs `operation` on each slot with pointers to its leaves; `buffer(i)` is where the i-th of all
-// leaves lies. Comes back with the first failure, and whose it was.
+// Runs `operation` on each slot that was set with pointers to its leaves; `buffer(i)` is where the
+// i-th of all flags and leaves lies. Comes back with the first failure, and whose it was.
 template <class T, class Buffer, class Operation>
 Status for_each(const Targets& targets, Buffer&& buffer, std::size_t* failed,
                 Operation&& operation) noexcept {
@@ -49,6 +54,13 @@ Status for_each(const Targets& targets, Buffer&& buffer, std::size_t* failed,
     const Type* type = find_type(targets.type(i));
     if (slot == nullptr || type == nullptr) return Status::kDropped;
     const std::size_t leaves = type->num_leaves();
+    if (targets.has_flag(i)) {
+      const bool is_set = *reinterpret_cast<const bool*>(buffer(first++));
+      if (!is_set) {
+        first += leaves;
+        continue;
+      }
+    }
     T** pointers = few.data();
     if (leaves > few.size()) {
       try {
@@ -78,22 +90,22 @@ Status load(const Targets& targets, Device device, Buffer&& result, std::size_t*
 template <class Buffer>
 Status store(const Targets& targets, Device device, Buffer&& operand,
              std::size_t* failed) noexcept {
-  for (std::size_t i = 0; i < targets.size(); ++i) {
-    *failed = i;
-    Slot* slot = find_slot(targets.slot(i));
-    if (slot == nullptr) return Status::kDropped;
-    const Status status = slot->can_set(targets.slot(i), device, targets.type(i));
-    if (status != Status::kOk) return status;
-  }
+  const Status status = for_each<const std::byte>(
+      targets, operand, failed, [&](Slot& slot, std::size_t i, ConstLeaves) noexcept {
+        return slot.can_set(targets.slot(i), device, targets.type(i));
+      });
+  if (status != Status::kOk) return status;
   return for_each<const std::byte>(targets, operand, failed,
                                    [&](Slot& slot, std::size_t i, ConstLeaves in) noexcept {
                                      return slot.set(targets.slot(i), device, targets.type(i), in);
                                    });
 }
 
+// And flags.
 std::size_t num_leaves(const Targets& targets) noexcept {
   std::size_t leaves = 0;
   for (std::size_t i = 0; i < targets.size(); ++i) {
+    leaves += targets.has_flag(i);
     if (const Type* type = find_type(targets.type(i)); type != nullptr)
       leaves += type->num_leaves();
   }

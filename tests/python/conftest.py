@@ -47,7 +47,6 @@ _OF_PLAIN_JIT = {
     "test_one_wait_for_each_flattening": "a state on loan is a future, and no program names it",
     "test_at_the_next_eager_operation": "a state on loan is a future, and no program names it",
     "test_another_device": "it is JAX that says so where a state is an argument",
-    "test_one_program_for_all": "a hoisted program stores all states that it may set",
     "test_export": "says that plain jit's custom calls can't be exported",
 }
 

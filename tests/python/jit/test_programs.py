@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import storax
 from jit.counting import counter
@@ -41,6 +42,69 @@ def test_packed_form_has_one_load_and_one_store():
     assert custom_calls(packed, jnp.zeros(4)) == ["storax.load_states", "storax.store_states"]
     loop = storax.jit(lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=3)[0])
     assert custom_calls(loop, jnp.zeros(4)) == ["storax.load_states", "storax.store_states"]
+
+
+def _custom_jvp(f):
+    g = jax.custom_jvp(f)
+    g.defjvp(lambda xs, ts: jax.jvp(f, xs, ts))
+    return g
+
+
+def _custom_vjp(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x: jax.vjp(f, x), lambda pullback, ct: pullback(ct))
+    return g
+
+
+AROUND = {
+    "jit": jax.jit,
+    "inlined jit": lambda f: jax.jit(f, inline=True),
+    "checkpoint": jax.checkpoint,
+    "scan": lambda f: lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
+    "map": lambda f: lambda x: lax.map(f, jnp.stack([x, x]))[1],
+    "fori_loop": lambda f: lambda x: lax.fori_loop(0, 2, lambda _, x: f(x), x),
+    "while_loop": lambda f: lambda x: lax.while_loop(lambda x: x < 5, f, x),
+    "while_loop's condition": lambda f: (
+        lambda x: lax.while_loop(lambda x: f(x) < 5, lambda x: x + 1, x)
+    ),
+    "cond": lambda f: lambda x: lax.cond(x > 0, f, lambda x: x, x),
+    "switch": lambda f: lambda x: lax.switch((x > 0) * 1, [lambda x: x, f, f], x),
+    "custom_jvp": _custom_jvp,
+    "custom_vjp": _custom_vjp,
+    "grad": lambda f: lambda x: jax.grad(f)(x) * 0 + x,
+    "vmap": lambda f: lambda x: jax.vmap(f)(jnp.stack([x, x])).sum(),
+    "vmap of cond": lambda f: (
+        lambda x: jax.vmap(lambda x: lax.cond(x > 0, f, lambda x: x, x))(jnp.stack([x, -x])).sum()
+    ),
+    "vmap of while_loop": lambda f: (
+        lambda x: jax.vmap(lambda x: lax.while_loop(lambda x: x < 5, f, x))(
+            jnp.stack([x, x + 2])
+        ).sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("inner", ["", "jit", "scan", "cond"])
+@pytest.mark.parametrize("around", AROUND)
+def test_all_is_hoisted(around, inner):
+    """Nothing is left of a get or set in what is compiled, wherever it stands."""
+    index, _, state = counter(1)
+    zero = jnp.float32(0)
+
+    def bump(x):
+        s = storax.get_state(index, zero) + 1
+        storax.set_state(index, s)
+        return x + s
+
+    f = AROUND[around](AROUND[inner](bump) if inner else bump)
+    packed, plain = storax.jit(f), jax.jit(f)
+    assert custom_calls(packed, jnp.float32(1)) == ["storax.load_states", "storax.store_states"]
+    out, states = [], []
+    for call in (packed, plain):
+        storax.set_state(index, jnp.float32(1))
+        out.append(call(jnp.float32(1)))
+        states.append(state())
+    assert out[0] == out[1] and states[0] == states[1] > 1
 
 
 def test_pure_form_has_no_custom_call():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import storax
 from jit.counting import counter
@@ -120,3 +121,57 @@ def test_one_function_traced_in_many_threads():
 
     in_threads(work)
     assert 1 <= state() <= THREADS * 19
+
+
+# Where a set may or may not run, as a flag says.
+SETS = {
+    "cond": lambda bump, flag: lax.cond(flag, bump, lambda: None),
+    "switch": lambda bump, flag: lax.switch(flag * 1, [lambda: None, bump]),
+    "while": lambda bump, flag: lax.while_loop(
+        lambda k: k < flag * 1, lambda k: (bump(), k + 1)[1], 0
+    ),
+    "scan of cond": lambda bump, flag: lax.scan(
+        lambda _, k: (None, lax.cond(flag & (k == 1), bump, lambda: None)), None, jnp.arange(3)
+    ),
+    "cond in jit": lambda bump, flag: jax.jit(lambda f: lax.cond(f, bump, lambda: None))(flag),
+    "cond in checkpoint": lambda bump, flag: jax.checkpoint(
+        lambda f: lax.cond(f, bump, lambda: None)
+    )(flag),
+    "vmap of cond": lambda bump, flag: jax.vmap(lambda f: lax.cond(f, bump, lambda: None))(
+        jnp.stack([flag & False, flag])
+    ),
+    "vmap of while": lambda bump, flag: jax.vmap(
+        lambda n: lax.while_loop(lambda k: k < n, lambda k: (bump(), k + 1)[1], 0)
+    )(jnp.stack([0, flag * 1])),
+    "scan of no steps, cond": lambda bump, flag: (
+        lax.scan(lambda _, k: (None, bump()), None, jnp.zeros(0)),
+        lax.cond(flag, bump, lambda: None),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SETS)
+def test_what_did_not_run_undoes_nothing(how):
+    """A set by another thread, in the middle of a call, stays if the call itself sets nothing."""
+    index, count, state = counter()
+    others = []
+
+    def meanwhile():
+        thread = threading.Thread(
+            target=lambda: others.append(storax.set_state(index, jnp.float32(100)))
+        )
+        thread.start()
+        thread.join()
+
+    @storax.jit
+    def f(flag):
+        storax.get_state(index, jnp.float32(0))  # the state is loaded by now
+        jax.debug.callback(meanwhile, ordered=True)
+        SETS[how](lambda: (count(), None)[1], flag)
+
+    sets = index._slot.core.num_sets
+    for flag, want in ((False, 100), (True, 101), (False, 100), (True, 101)):
+        f(jnp.array(flag))
+        storax.barrier()
+        assert state() == want
+    assert index._slot.core.num_sets == sets + 4 + 2

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import queue
+import random
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "tests", "python"))
 BATCH = 250
+# Statements in a program: half of them are small, as more of these can be run.
+SIZES = (3, 5, 8, 16)
 # Seconds for one program, or for making it smaller.
 LIMIT = 600
 JAX = importlib.metadata.version("jax")
@@ -69,9 +72,9 @@ def program_of(seed: int, number: int):
     from random_programs.interpreter import Interpreter, TooLarge
     from random_programs.programs import random_program
 
-    attempt = 0
+    attempt, size = 0, random.Random(f"{seed}/{number}").choice(SIZES)
     while True:
-        program = random_program(f"{seed}/{number}/{attempt}")
+        program = random_program(f"{seed}/{number}/{attempt}", size)
         try:
             Interpreter(program).run()
         except TooLarge:

@@ -219,6 +219,6 @@ def programs(draw):
     return make_program(lambda low, high: draw(st.integers(low, high)))
 
 
-def random_program(seed: int | str) -> Program:
+def random_program(seed: int | str, size: int = 16) -> Program:
     """A program, by a seed."""
-    return make_program(random.Random(seed).randint)
+    return make_program(random.Random(seed).randint, size)

@@ -19,10 +19,14 @@ from mutants_list import MUTANTS, Mutant
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Seconds for the tests of one mutant: one that hangs is noticed too.
 LIMIT = 300
-# An editable install would bring in the tree it was made from, whatever is in PYTHONPATH.
+# An editable install would bring in the tree it was made from, whatever is in PYTHONPATH; in the
+# processes that tests start, too.
+SITE = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
+"""
 RUN = """
 import importlib.util, sys
-sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
 import pytest
 assert importlib.util.find_spec("storax").origin.startswith(sys.argv[1])
 sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
@@ -42,6 +46,8 @@ def copy_tree(to: str) -> None:
     for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
         shutil.copy(os.path.join(ROOT, name), to)
     shutil.copy(storax._core.__file__, os.path.join(to, "python", "storax"))
+    with open(os.path.join(to, "python", "sitecustomize.py"), "w") as f:
+        f.write(SITE)
 
 
 def run_tests(tree: str, selection: list[str], limit: int = LIMIT) -> str | None:

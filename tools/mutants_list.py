@@ -615,13 +615,13 @@ MUTANTS = [
     _never(
         "notes whether a set has run",
         "_specialise.py",
-        "if not trace.uses[slot_id].is_always_set:",
+        "if not uses[slot_id].is_always_set:",
         "jit/threads",
     ),
     _never(
         "leaves what does not match to plain jit",
         "_specialise.py",
-        "if any(_core.type_moves(t, type_id) is None for t in use.types):",
+        "if _core.type_moves(asked, type_id) is None:",
         "jit/failures jit/programs jit/calls",
     ),
     _never(
@@ -630,12 +630,24 @@ MUTANTS = [
         "if use.needs_value and not is_there:",
         "jit/failures jit/programs jit/calls",
     ),
-    Mutant(
-        "debug_nans is hoisted",
+    _never(
+        "leaves debug_nans to plain jit",
         "_specialise.py",
-        "if uses is None or _jax.debugs_values():",
-        "if uses is None:",
-        "jit/transformations jit/failures jit/programs jit/calls",
+        "if _jax.debugs_values():",
+        "jit/transformations jit/failures jit/programs jit/calls jit/meshes",
+    ),
+    _never(
+        "notices a state used inside and outside of shard_map",
+        "_hoist.py",
+        "if both := mapped & found.keys():",
+        "jit/meshes",
+    ),
+    Mutant(
+        "what plain jit can't run is told by its own error",
+        "_specialise.py",
+        "if needs_hoisting(error):",
+        "if False:",
+        "jit/meshes",
     ),
     Mutant(
         "a donated state that is not read is dropped",

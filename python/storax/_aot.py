@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _core
+from ._hoist import NotHoistableError
+from ._lowering import needs_hoisting
 from ._packed import NeedsPureError
 from ._specialise import Placement, Specialised
 
@@ -29,7 +31,7 @@ class Traced(_Wrapper):
     def __init__(self, jitted: Any, key: Any, specialised: Specialised, arrays: Sequence[Any]):
         trace = specialised.trace(arrays, with_jaxpr=True)
         self._jitted, self._key, self._specialised = jitted, key, specialised
-        self._user_jaxpr, self._arrays = trace.jaxpr, arrays
+        self._trace, self._user_jaxpr, self._arrays = trace, trace.jaxpr, arrays
         self._placement, self._call, states = specialised.prepare(trace, arrays)
         super().__init__(self._call.trace(*states, *arrays))
 
@@ -50,6 +52,13 @@ class Traced(_Wrapper):
         except NeedsPureError:
             self._specialised.make_pure()
             return Traced(self._jitted, self._key, self._specialised, self._arrays).lower(**kwargs)
+        except NotImplementedError as error:
+            if needs_hoisting(error):
+                try:
+                    self._specialised.place(self._trace)
+                except NotHoistableError as reason:
+                    raise reason.error(str(reason)) from None
+            raise
         return Lowered(lowered, self._jitted, self._key, self._specialised, self._placement)
 
 

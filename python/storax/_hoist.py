@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from . import _jax
+from . import _core, _jax
 from ._primitives import (
     arrays,
     get_p,
@@ -28,6 +28,8 @@ from ._slot import laid_out_as
 
 __all__ = ["NotHoistableError", "Use", "run", "uses"]
 
+_OPERATIONS = (get_p, set_p, set_masked_p)
+
 State = dict[int, list[Any]]
 
 
@@ -37,7 +39,14 @@ def flag_of(slot: int) -> int:
 
 
 class NotHoistableError(Exception):
-    """The program has to run as plain `jax.jit` runs it, which raises whatever is wrong with it."""
+    """The program has to run as plain `jax.jit` runs it, which raises whatever is wrong with it.
+
+    Where plain `jax.jit` can't run it either, this is what to raise: its text, as an `error`.
+    """
+
+    def __init__(self, text: str, error: type[Exception] = NotImplementedError):
+        super().__init__(text)
+        self.error = error
 
 
 # --- What a program does ---------------------------------------------------------------------------
@@ -47,10 +56,14 @@ class NotHoistableError(Exception):
 class Use:
     """What a program does with one slot."""
 
-    types: list[int]  # of its operations; the first is that of the first
+    operations: list[tuple[int, bool]]  # the type of each, and whether it is a get
     needs_value: bool = False  # a state from before, since not all begins with a set of the whole
     is_set: bool = False
     is_always_set: bool = False
+
+    @property
+    def types(self) -> list[int]:
+        return [type_id for type_id, _ in self.operations]
 
 
 def _type_of(eqn: Any) -> int:
@@ -60,34 +73,59 @@ def _type_of(eqn: Any) -> int:
 
 
 def uses(jaxpr: Any) -> dict[int, Use]:
-    """Which slots a closed jaxpr uses, and how. Raises `NotHoistableError` where `run` has no rule."""
+    """Which slots a closed jaxpr uses, and how. Raises `NotHoistableError` where `run` has no rule.
+
+    A state per device is not among them: its operations stay where they are, in the mapped function.
+    """
     found: dict[int, Use] = {}
-    _collect(_jax.open_jaxpr(jaxpr), found, once=True, always=True)
+    mapped: set[int] = set()
+    _collect(_jax.open_jaxpr(jaxpr), found, mapped, once=True, always=True)
+    if both := mapped & found.keys():
+        names = ", ".join(sorted(_core.share_slot(slot).name for slot in both))
+        raise NotHoistableError(
+            f"storax: {names} is used inside of a `shard_map` or `pmap`, as a state per device, and "
+            "outside of it in the same program. Use a StateIndex for each."
+        )
     return found
 
 
-def _collect(jaxpr: Any, found: dict[int, Use], once: bool, always: bool) -> None:
+def _collect(jaxpr: Any, found: dict[int, Use], mapped: set[int], once: bool, always: bool) -> None:
     """`always`: whether the jaxpr runs for certain; `once`: and no more than once."""
     for eqn in jaxpr.eqns:
         if not _jax.has_state(eqn):
             continue
-        if eqn.primitive in (get_p, set_p, set_masked_p):
-            if eqn.params["mesh"]:
-                raise NotHoistableError("a state per device")
+        if eqn.primitive in _OPERATIONS:
             use = found.get(eqn.params["slot"])
             whole = eqn.primitive is set_p and eqn.params["rows"] is None
             if use is None:
                 use = found[eqn.params["slot"]] = Use([], needs_value=not (whole and once))
-            use.types.append(_type_of(eqn))
+            use.operations.append((_type_of(eqn), eqn.primitive is get_p))
             use.is_set |= eqn.primitive is not get_p
             use.is_always_set |= eqn.primitive is set_p and always
         elif eqn.primitive.name in _RULES:
             name = eqn.primitive.name
             runs = name not in ("while", "cond") and eqn.params.get("length") != 0
             for inner in _jax.inner_jaxprs(eqn):
-                _collect(inner, found, once and runs and name != "scan", always and runs)
+                _collect(inner, found, mapped, once and runs and name != "scan", always and runs)
         else:
-            raise NotHoistableError(f"state inside `{eqn.primitive.name}`")
+            mapped |= _mapped_slots(eqn)
+
+
+def _mapped_slots(eqn: Any) -> set[int]:
+    """The slots of an equation in which all state is per device."""
+    slots = set()
+    for jaxpr in _jax.inner_jaxprs(eqn):
+        for inner in jaxpr.eqns:
+            if inner.primitive in _OPERATIONS and inner.params["mesh"]:
+                slots.add(inner.params["slot"])
+            elif inner.primitive in _OPERATIONS:
+                raise NotHoistableError(
+                    f"storax: state inside `{eqn.primitive.name}` is not supported over several "
+                    "devices, or elsewhere than on a CPU. Move the get and set out of it."
+                )
+            elif _jax.has_state(inner):
+                slots |= _mapped_slots(inner)
+    return slots
 
 
 # --- States as values ------------------------------------------------------------------------------
@@ -96,7 +134,7 @@ def _collect(jaxpr: Any, found: dict[int, Use], once: bool, always: bool) -> Non
 def _moved(leaves: Sequence[Any], to: int, source: int) -> list[Any]:
     moved = laid_out_as(to, source, leaves)
     if moved is None:
-        raise NotHoistableError("a type that does not match")
+        raise NotHoistableError("storax: a state has another type than when its program was made.")
     return moved
 
 
@@ -146,6 +184,8 @@ _FALLIBLE = ("pure_callback", "io_callback", "debug_callback", "ffi_call")
 
 
 def _may_fail(eqn: Any) -> bool:
+    if eqn.primitive in _OPERATIONS:
+        return bool(eqn.params["mesh"])  # the others become values
     return eqn.primitive.name in _FALLIBLE or any(
         _may_fail(inner) for jaxpr in _jax.inner_jaxprs(eqn) for inner in jaxpr.eqns
     )
@@ -188,15 +228,14 @@ class _Run:
             _set(self.types, eqn, arrays(ins), state)
             return []
         with _jax.equation_context(eqn):
-            if has_state:
-                return _RULES[eqn.primitive.name](self, eqn, ins, state)
-            return _jax.bind_equation(eqn, ins)
+            rule = _RULES.get(eqn.primitive.name) if has_state else None
+            return rule(self, eqn, ins, state) if rule else _jax.bind_equation(eqn, ins)
 
     def uses(self, jaxpr: Any) -> dict[int, Use]:
         inner = _jax.open_jaxpr(jaxpr)
         if id(inner) not in self._uses:
             found: dict[int, Use] = {}
-            _collect(inner, found, once=False, always=False)
+            _collect(inner, found, set(), once=False, always=False)
             self._uses[id(inner)] = inner, found  # holds it, and so its id
         return self._uses[id(inner)][1]
 

@@ -230,10 +230,6 @@ def state_effects(*jaxprs: Any) -> set[StateEffect]:
     return {e for jaxpr in jaxprs for e in jaxpr.effects if isinstance(e, StateEffect)}
 
 
-def is_state(effect: Any) -> bool:
-    return isinstance(effect, StateEffect)
-
-
 def has_state(*jaxprs: Any) -> bool:
     """Whether any of these jaxprs or equations gets or sets state."""
     return any(isinstance(e, StateEffect) for jaxpr in jaxprs for e in jaxpr.effects)

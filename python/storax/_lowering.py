@@ -15,7 +15,18 @@ from ._primitives import (
 )
 from ._slot import structure_at, type_parts
 
-__all__ = ["install"]
+__all__ = ["install", "needs_hoisting"]
+
+
+def _needs_hoisting(text: str) -> NotImplementedError:
+    error = NotImplementedError(text)
+    error.needs_hoisting = True  # type: ignore[attr-defined]
+    return error
+
+
+def needs_hoisting(error: NotImplementedError) -> bool:
+    """Whether an error of plain `jax.jit` means that only `storax.jit` can run the program."""
+    return getattr(error, "needs_hoisting", False)
 
 
 def _refuse(ctx, slot, op):
@@ -29,14 +40,14 @@ def _refuse(ctx, slot, op):
             "exported as a constant or an argument, or pass the state in and out yourself."
         )
     if devices not in (None, 1):
-        raise NotImplementedError(
+        raise _needs_hoisting(
             f"storax.{op} of {name} in a program that JAX spreads over {devices} devices: under "
             "plain `jax.jit` a state lives on one device. Use `storax.jit`, which keeps it as one "
             "sharded array; or `jax.shard_map` over every mesh axis, for one state per device; or "
             "keep the program's arguments on one device."
         )
     if auto_axes:
-        raise NotImplementedError(
+        raise _needs_hoisting(
             f"storax.{op} of {name} inside a `jax.shard_map` that leaves the mesh axes "
             f"{list(auto_axes)} to the partitioner. Use `storax.jit`, or make every axis manual."
         )
@@ -117,9 +128,10 @@ def _lower_frozen(ctx, *held_and_like, **params):
 def _refuse_platform(op):
     def rule(ctx, *args, slot, **params):
         platforms = ", ".join(_jax.platforms(ctx))
-        raise NotImplementedError(
-            f"storax.{op} of {_core.share_slot(slot).name}: state has no handler on {platforms} "
-            "yet. Run the program on the CPU, for example under `jax.default_device`."
+        raise _needs_hoisting(
+            f"storax.{op} of {_core.share_slot(slot).name}: under plain `jax.jit`, state has no "
+            f"handler on {platforms} yet. Use `storax.jit`, which needs none; or run the program on "
+            "the CPU, for example under `jax.default_device`."
         )
 
     return rule

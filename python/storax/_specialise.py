@@ -16,6 +16,7 @@ import numpy as np
 
 from . import _core, _hoist, _jax, _loans, _packed, _store
 from ._hoist import NotHoistableError
+from ._lowering import needs_hoisting
 from ._packed import NeedsPureError
 from ._slot import type_parts
 
@@ -75,7 +76,7 @@ class Placement:
 class Trace:
     """What is known of the program for one set of abstract values."""
 
-    uses: dict[int, _hoist.Use] | None  # None if it can't be hoisted
+    uses: dict[int, _hoist.Use] | NotHoistableError
     jaxpr: Any  # until it is compiled
     out_tree: Any
 
@@ -125,29 +126,36 @@ class Specialised:
             return leaves
 
         jaxpr = jax.make_jaxpr(flat)(*arrays)
+        uses: Any
         try:
             uses = _hoist.uses(jaxpr)
-        except NotHoistableError:
-            uses = None
+        except NotHoistableError as e:
+            uses = e
         trace = self._traces[key] = Trace(uses, jaxpr, out_tree)
         return trace
 
     # --- Placing ---
 
-    def place(self, uses: dict[int, _hoist.Use] | None) -> Placement | None:
-        """Where the states are, or are to be; None if the program has to run as plain jit runs it."""
-        if uses is None or _jax.debugs_values():
-            return None
+    def place(self, trace: Trace) -> Placement:
+        """Where the states are, or are to be. Raises `NotHoistableError`."""
+        if isinstance(trace.uses, NotHoistableError):
+            raise trace.uses
+        if _jax.debugs_values():
+            raise NotHoistableError(
+                "storax.jit: under `jax.debug_nans` and `jax.debug_infs`, programs with state run on one "
+                "CPU device only."
+            )
         types, loaded, stored, donated, read, born, shardings = {}, [], [], [], [], [], []
-        for slot_id, use in sorted(uses.items()):
+        for slot_id, use in sorted(trace.uses.items()):
             slot = _core.share_slot(slot_id)
             type_id = slot.type or use.types[0]
-            if any(_core.type_moves(t, type_id) is None for t in use.types):
-                return None
+            for asked, is_get in use.operations:
+                if _core.type_moves(asked, type_id) is None:
+                    raise _mismatch(slot, type_id, asked, is_get)
             leaves = _core.loan(slot)
             is_there = slot.has_memory or leaves is not None
             if use.needs_value and not is_there:
-                return None
+                raise _not_there(slot, *use.operations[0])
             types[slot_id] = type_id
             spread = leaves is not None and slot.device < 0
             if self._is_lent(slot, type_id, spread):
@@ -220,9 +228,9 @@ class Specialised:
         if jax.config.jax_disable_jit:
             raise NotHoistableError("jit is disabled")
         trace = self.trace(arrays, with_jaxpr=True)
-        now = self.place(trace.uses)
-        if now is None or trace.uses is None or now.key != placement.key:
-            raise NotHoistableError("other states than those of the program")
+        now, uses = self.place(trace), trace.uses
+        if isinstance(uses, NotHoistableError) or now.key != placement.key:
+            raise NotHoistableError("storax: other states than those of the program.")
         jaxpr, trace.jaxpr = trace.jaxpr, None
         state = {slot_id: list(leaves) for slot_id, leaves in lent.items()}
         others: list[Any] = []
@@ -231,11 +239,11 @@ class Specialised:
             state.update(states)
             others.append(ticket)
         for slot_id, _ in now.stored:
-            if not trace.uses[slot_id].is_always_set:
+            if not uses[slot_id].is_always_set:
                 state[_hoist.flag_of(slot_id)] = [np.array(False)]
         outs = _hoist.run(jaxpr, dict(now.types), state, arrays, others)
         if now.stored:
-            effects = tuple(e for e in jaxpr.effects if _jax.is_ordered(e) and not _jax.is_state(e))
+            effects = tuple(e for e in jaxpr.effects if _jax.is_ordered(e) and e != _jax.STATE)
             _packed.store(now.stored, others, state, effects)
         result = jax.tree.unflatten(trace.out_tree, outs)
         if not placement.returns_states:
@@ -251,11 +259,11 @@ class Specialised:
             self.make_pure()
         while True:
             trace = self.trace(arrays, with_jaxpr=False)
-            jaxpr, placement = trace.jaxpr, self.place(trace.uses)
-            if placement is None:
-                if self._program is not None:
-                    self._program.set_ready(-1)
-                return self.plain(*arrays)
+            jaxpr = trace.jaxpr
+            try:
+                placement = self.place(trace)
+            except NotHoistableError as reason:
+                return self._run_plain(reason, arrays)
             call = self.compiled(placement)
             try:
                 with _core.LoanLock([_core.share_slot(s) for s in placement.lent]):
@@ -271,6 +279,16 @@ class Specialised:
                 self.make_pure()
             except NotHoistableError:
                 continue
+
+    def _run_plain(self, reason: NotHoistableError, arrays: Sequence[Any]) -> Any:
+        if self._program is not None:
+            self._program.set_ready(-1)
+        try:
+            return self.plain(*arrays)
+        except NotImplementedError as error:
+            if needs_hoisting(error):
+                raise reason.error(str(reason)) from None
+            raise
 
     def _publish(self, call: Any, placement: Placement, publish: Callable[[Any], None]) -> None:
         donated, read = (
@@ -344,8 +362,9 @@ class Specialised:
         self, trace: Trace, arrays: Sequence[Any]
     ) -> tuple[Placement | None, Any, tuple[Any, ...]]:
         """Where a program has its states, the function to be compiled, and states as shapes."""
-        placement = self.place(trace.uses)
-        if placement is None:
+        try:
+            placement = self.place(trace)
+        except NotHoistableError:
             return None, self._plain, ()
         if not placement.takes_states:
             return placement, self.compiled(placement), ()
@@ -404,6 +423,28 @@ class Specialised:
                     slot.lose()
                     names.append(slot.name)
         return sorted(names)
+
+
+def _mismatch(slot: Any, held: int, asked: int, is_get: bool) -> NotHoistableError:
+    if not slot.type:
+        texts = " and ".join(map(_core.type_text, (held, asked)))
+        return NotHoistableError(
+            f"storax: {slot.name} is used as a state of {texts} in one program. Get and set must agree "
+            "in dtype, shape, PyTree structure and batch axes.",
+            RuntimeError,
+        )
+    explain = slot.explain_get if is_get else slot.explain_set
+    return NotHoistableError(explain(asked, slot.device), RuntimeError)
+
+
+def _not_there(slot: Any, asked: int, is_get: bool) -> NotHoistableError:
+    if slot.type or is_get:
+        return NotHoistableError(slot.explain_get(asked, slot.device), RuntimeError)
+    return NotHoistableError(
+        f"storax.set_state of {slot.name}: this is the first set, and it is in a branch or a loop, or "
+        "covers only some lanes or rows. Over several devices, or elsewhere than on a CPU, `storax.jit` "
+        "has to know that there is a state: set it before the program, or at its start."
+    )
 
 
 def _is_usable(x: Any) -> bool:

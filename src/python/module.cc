@@ -186,10 +186,12 @@ bool slot_reclaim(const SlotRef& slot, const std::vector<std::uintptr_t>& addres
   return status == Status::kOk;
 }
 
-// Why an operation on a lent state fails: the types disagree, or the state is lost.
+// Why an operation that finds no state in memory fails: there never was any, the types disagree, or
+// the state is lost.
 std::string complaint(const SlotRef& slot, const char* op, TypeId asked, Device device) {
   Status status = slot->device() == device ? Status::kLost : Status::kWrongDevice;
   if (!slot->accepts(slot.id(), asked)) status = Status::kTypeMismatch;
+  if (slot->type() == kNoType) status = Status::kNeverSet;
   return slot->explain(slot.id(), status, op, device, asked);
 }
 

@@ -94,8 +94,52 @@ def test_first_set_in_a_branch_is_a_clear_error(mesh):
 
         return jax.lax.cond(p, start, lambda x: x, x)
 
-    with pytest.raises(NotImplementedError, match="late"):
-        f(put(jnp.zeros(8), mesh, "i"), put(jnp.array(True), mesh))
+    args = put(jnp.zeros(8), mesh, "i"), put(jnp.array(True), mesh)
+    for call in (f, f.lower):
+        with pytest.raises(
+            NotImplementedError, match=r"'late': this is the first set, and it is in a"
+        ):
+            call(*args)
+    storax.set_state(index, args[0])
+    f(*args)
+
+
+def test_what_is_wrong_is_said_as_it_is(mesh):
+    """Not that plain `jax.jit`, which would run it elsewhere, can't run it here."""
+    x = put(jnp.zeros(8), mesh, "i")
+    index = storax.StateIndex(name="unset")
+    get = storax.jit(lambda x: storax.get_state(index, x))
+    bump = storax.jit(lambda x: storax.set_state(index, storax.get_state(index, x) + 1))
+    for call in (get, bump, get.lower):
+        with pytest.raises(
+            RuntimeError, match=r"'unset': nothing has been set, so there is no f32\[8"
+        ):
+            call(x)
+    storax.set_state(index, jnp.zeros(3))
+    for call in (get, bump):
+        with pytest.raises(
+            RuntimeError, match=r"'unset': it holds f32\[3\], but `like` is f32\[8\]"
+        ):
+            call(x)
+    with pytest.raises(RuntimeError, match=r"it holds f32\[3\], but the new state is f32\[8\]"):
+        storax.jit(lambda x: storax.set_state(index, x))(x)
+    two = storax.StateIndex(name="two")
+
+    @storax.jit
+    def disagrees(x):
+        storax.set_state(two, x)
+        return storax.get_state(two, x.sum())
+
+    with pytest.raises(RuntimeError, match=r"'two' is used as a state of f32\[8\] and f32\[\]"):
+        disagrees(x)
+    inside = storax.StateIndex(name="inside")
+
+    inner = jax.custom_batching.custom_vmap(lambda x: storax.get_state(inside, x))
+    inner.def_vmap(lambda size, batched, x: (x, True))
+    with pytest.raises(NotImplementedError, match="inside `custom_vmap_call`"):
+        storax.jit(inner)(x)
+    with jax.debug_nans(True), pytest.raises(NotImplementedError, match="debug_nans"):
+        storax.jit(lambda x: storax.set_state(index, x.sum() + jnp.zeros(3)))(x)
 
 
 def test_scan_and_grad(mesh):
@@ -188,6 +232,70 @@ def test_shard_map_in_storax_jit(mesh):
     f = storax.jit(jax.shard_map(per_device, mesh=mesh, in_specs=P("i"), out_specs=P("i")))
     x = put(jnp.arange(8.0), mesh, "i")
     np.testing.assert_array_equal(f(x), [1, 2, 7, 8, 13, 14, 19, 20])
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_a_state_per_device_beside_others(mesh, donate):
+    """The ones stay calls, within the mapped function; the others are arguments and results."""
+    each, all_, spread = (storax.StateIndex(name=n) for n in ("each", "all", "spread"))
+    x = put(jnp.arange(8.0), mesh, "i")
+    storax.set_state(all_, jnp.float32(0))
+    storax.set_state(spread, x)
+
+    def per_device(x):
+        s = storax.get_state(each, x)
+        storax.set_state(each, s + x)
+        return s
+
+    mapped = jax.shard_map(per_device, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
+
+    def step(x):
+        storax.set_state(all_, storax.get_state(all_, jnp.float32(0)) + 1)
+        y = mapped(x)
+        storax.set_state(spread, storax.get_state(spread, x) + y)
+        return y
+
+    @functools.partial(storax.jit, donate=donate)
+    def f(x):
+        return jax.lax.scan(lambda c, _: (step(x), None), x, None, length=2)[0]
+
+    storax.set_state(each, jnp.zeros(2))
+    for k in range(1, 4):
+        np.testing.assert_array_equal(f(x), (2 * k - 1) * np.arange(8.0))
+    assert storax.get_state(all_, jnp.float32(0)) == 6
+    np.testing.assert_array_equal(storax.get_state(spread, x), 16 * np.arange(8.0))
+    np.testing.assert_array_equal(
+        storax.get_state(each, jnp.zeros((4, 2))), 6 * np.arange(8.0).reshape(4, 2)
+    )
+    text = f.lower(x).as_text()
+    assert "storax.get_state" in text and "storax.load_states" not in text
+
+    @storax.jit
+    def both(x):
+        return mapped(x) + storax.get_state(each, jnp.zeros((4, 2))).sum()
+
+    with pytest.raises(NotImplementedError, match="'each' is used inside of a `shard_map`"):
+        both(x)
+
+
+def test_a_state_per_device_on_a_mesh_of_one():
+    """There small states are packed: the store comes after what may fail in the mapped function."""
+    mesh = jax.make_mesh((1,), ("i",), devices=jax.devices()[:1])
+    each, all_ = storax.StateIndex(name="each"), storax.StateIndex()
+    storax.set_state(all_, jnp.float32(0))
+    storax.set_state(each, jnp.zeros(3))
+
+    @storax.jit
+    def f(x):
+        storax.set_state(all_, storax.get_state(all_, jnp.float32(0)) + 1)
+        set_it = lambda x: (storax.set_state(each, x), x)[1]
+        return jax.shard_map(set_it, mesh=mesh, in_specs=P(), out_specs=P())(x)
+
+    f(jnp.ones(3))
+    assert storax.get_state(all_, jnp.float32(0)) == 1
+    with pytest.raises(RuntimeError, match="'each'"):
+        jax.block_until_ready(f(jnp.ones(4)))
+    assert storax.get_state(all_, jnp.float32(0)) == 1
 
 
 def batch_norm_model():

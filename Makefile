@@ -52,6 +52,10 @@ test-jit: ## Run the tests in Python with storax.jit in the place of jax.jit, pa
 	STORAX_JIT=packed $(MAKE) --no-print-directory test-python
 	STORAX_JIT=pure $(MAKE) --no-print-directory test-python
 
+.PHONY: test-gpu
+test-gpu: $(VENV)/.extension $(VENV)/.test $(VENV)/.demo ## Run the tests of storax.jit on a GPU, with the JAX for it that is in $(VENV)
+	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest tests/python/jit/test_gpu.py $(PYTEST_ARGS)
+
 .PHONY: soak
 soak: $(VENV)/.extension $(VENV)/.test ## Run 100,000 random programs: hours; run it again to go on
 	nice -n 19 $(BIN)/python tools/soak.py $(SOAK_ARGS)

@@ -565,6 +565,12 @@ MUTANTS = [
         "            pass",
         "index copies",
     ),
+    _never(
+        "refuses to run a loop in Python while staging",
+        "_refused.py",
+        "if staged:",
+        "takes_a_function",
+    ),
     # --- Rules of custom derivatives that hide state ---
     _never(
         "parts the lanes of a loop with rules",

@@ -87,6 +87,23 @@ def is_differentiation(trace: Any) -> bool:
     return type(trace).__name__ in ("JVPTrace", "LinearizeTrace", "JaxprTrace")
 
 
+def is_staging() -> bool:
+    """Whether operations go into a jaxpr, under whatever other transformations."""
+    trace = _core.trace_ctx.trace
+    while trace is not None:
+        if isinstance(trace, _pe.DynamicJaxprTrace):
+            return True
+        trace = getattr(trace, "parent_trace", None)
+    return False
+
+
+class NotConcreteError(jax.errors.ConcretizationTypeError):
+    """Tells JAX that Python can't run a function."""
+
+    def __init__(self) -> None:
+        TypeError.__init__(self, "storax: nothing is concrete while a function is being staged.")
+
+
 def is_concrete(x: Any) -> bool:
     """Whether Python can look at the value."""
     return _core.is_concrete(x)

@@ -38,15 +38,23 @@ def _wrap_reduction(original):
 
 
 def _wrap_while_loop(original):
-    """Without jit JAX tries a loop in Python, and starts again once the predicate is batched."""
+    """Without jit JAX tries a loop in Python, and starts again once the predicate is batched.
+
+    In a function that is being staged it would leave there what the first condition does.
+    """
 
     @functools.wraps(original)
     def while_loop(cond_fun: Any, body_fun: Any, init_val: Any) -> Any:
         if not jax.config.jax_disable_jit:
             return original(cond_fun, body_fun, init_val)
         before = getattr(_ran, "sets", 0)
+        staged = _jax.is_staging()
 
         def checked(val: Any) -> Any:
+            nonlocal staged
+            if staged:
+                staged = False
+                raise _jax.NotConcreteError
             predicate = cond_fun(val)
             if getattr(_ran, "sets", 0) != before and not _jax.is_concrete(predicate):
                 raise NotImplementedError(

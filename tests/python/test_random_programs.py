@@ -30,6 +30,7 @@ from random_programs.syntax import (
     Mapped,
     Op,
     Program,
+    Scan,
     Set,
     Slot,
     Unmapped,
@@ -172,6 +173,11 @@ FOUND = {
             )
         ]
     ),
+    # Without jit JAX staged what the condition does, found out that it is not concrete, and staged it
+    # again as a loop.
+    "a condition that sets state, staged without jit": in_lanes(
+        [branch(While(2, Block(BUMP, (Const(1),)), (), (), Block((), ())))], own_state=False
+    ),
     # Without jit JAX ran the condition, found out that it is batched, and started again.
     "a condition that sets state": in_lanes(
         [While(2, Block(BUMP, (Less(LANE, Const(1)),)), (), (), Block((), ()))]
@@ -182,6 +188,18 @@ FOUND = {
 @pytest.mark.parametrize("name", FOUND)
 def test_what_random_programs_have_found(name):
     assert check(FOUND[name], QUICK) == {}
+
+
+def test_results_of_a_scan_are_summed_before_the_modulus():
+    # 8, 8 and -8 are 8. With the modulus at each step they would be -3.
+    early, eight = Less(Var("k"), Const(2)), Const(8)
+    late = Op("-", Const(1), early)
+    value = Op("-", Op("*", early, eight), Op("*", late, eight))
+    summed = program(
+        Scan(3, False, 1, "k", (), (Binding("y", False),), Block((), (value,))), levels=()
+    )
+    assert Interpreter(summed).run()[0] == 8
+    assert check(summed, QUICK) == {}
 
 
 def test_derivatives():

@@ -373,6 +373,20 @@ def test_without_jit_no_loop_starts_again(f):
             jax.vmap(loop)(LANES)
 
 
+def test_without_jit_no_loop_is_staged_twice(f):
+    """What its condition does at first would stay in the branch."""
+
+    def loop(x):
+        return lax.while_loop(lambda k: (f(ONE) < 99) & (k < 3), lambda k: k + 1, 0) + x
+
+    with jax.disable_jit():
+        branch = jax.vmap(lambda x: lax.cond(x > LANES[0], loop, lambda x: x, x))
+        assert f.runs(4, branch, LANES).shape == LANES.shape
+        staged = str(jax.make_jaxpr(jax.vmap(loop))(LANES))
+        assert staged.count("set_state") == 1
+        assert f.runs(0, lambda: lax.while_loop(lambda k: k < 3, lambda k: k + 1, 0)) == 3
+
+
 def test_callbacks_next_to_state(f, jit):
     seen, spec = [], jax.ShapeDtypeStruct((), jnp.float32)
     add_one = lambda x, index=None: np.float32(x + 1)

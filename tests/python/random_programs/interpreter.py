@@ -59,6 +59,10 @@ class Number:
 
 
 def combine(symbol, a, b):
+    return modulo(exactly(symbol, a, b))
+
+
+def exactly(symbol, a, b):
     if symbol == "*":
         parts = {}
         for (i, x), (j, y) in itertools.product(a.parts.items(), b.parts.items()):
@@ -71,7 +75,7 @@ def combine(symbol, a, b):
         parts = {k: a.parts.get(k, zero) + sign * b.parts.get(k, zero) for k in keys}
     if any(np.abs(p).max(initial=0) > LARGEST for p in parts.values()):
         raise TooLarge
-    return modulo(Number(parts))
+    return Number(parts)
 
 
 def modulo(x):
@@ -239,8 +243,8 @@ class Interpreter:
             out = self.bind({}, s.outs, self.block(s.body, inner, ctx), ctx)
             out = [out[o.name] for o in s.outs]
             carry, ys = out[: len(carry)], out[len(carry) :]
-            sums = [combine("+", a, y) for a, y in zip(sums, ys, strict=True)]
-        return self.bind(env, s.outs, [*carry, *sums], ctx)
+            sums = [exactly("+", a, y) for a, y in zip(sums, ys, strict=True)]
+        return self.bind(env, s.outs, [*carry, *map(modulo, sums)], ctx)
 
     def do_fori(self, s: Fori, env, ctx):
         if isinstance(s.count, int):

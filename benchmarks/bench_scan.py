@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contenders import on_cpu
 from jax import lax
 from report import Findings
 from timing import AGAIN, Clock, Samples, repeated
@@ -164,6 +165,20 @@ def measure(quick: bool, large: bool) -> Findings:
         f"Time per step of a scan of {steps:,} steps that counts its steps in a state of f32[] "
         f"({callbacks} steps where each calls back to Python).",
     )
+    if on_cpu():
+        _measure_operations(found, steps, callbacks, quick)
+    else:  # where a step is a launch or two
+        steps = 1000
+    for kind, state, n in (
+        ("a scalar", jnp.zeros(()), steps),
+        ("1 MiB", jnp.zeros((512, 512)), 100),
+        ("a row of f32[4096,256]", jnp.zeros((4096, 256)), 4096),
+    ):
+        _measure_in_place(found, kind, state, n, quick)
+    return found
+
+
+def _measure_operations(found: Findings, steps: int, callbacks: int, quick: bool) -> None:
     loops = {
         NOTHING: _nothing(steps),
         AGAIN: _nothing(steps),
@@ -185,13 +200,6 @@ def measure(quick: bool, large: bool) -> Findings:
     found.add_goal(f"{pair} to {LABELS[NOTHING]}", 1.4, samples, "storax", NOTHING)
     text = f"{LABELS['io_callback']}, to {pair}"
     found.add_goal(text, 300, samples, "io_callback", "storax", at_least=True, baseline=NOTHING)
-    for kind, state, n in (
-        ("a scalar", jnp.zeros(()), steps),
-        ("1 MiB", jnp.zeros((512, 512)), 100),
-        ("a row of f32[4096,256]", jnp.zeros((4096, 256)), 4096),
-    ):
-        _measure_in_place(found, kind, state, n, quick)
-    return found
 
 
 def _measure_in_place(found: Findings, kind: str, state: Any, steps: int, quick: bool) -> None:

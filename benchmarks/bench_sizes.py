@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from contenders import HAND
+from contenders import HAND, on_cpu
 from report import Findings
 from timing import AGAIN, Clock, repeated
 
@@ -37,7 +37,8 @@ def _measure(found: Findings, size: int, quick: bool) -> None:
     n = size // 4
     made = {HAND: _by_hand(n), AGAIN: _by_hand(n), "storax.jit": _storax(n, storax.jit)}
     if size <= MOST_COPIED:
-        made["storax"] = _storax(n, jax.jit)
+        if on_cpu():
+            made["storax"] = _storax(n, jax.jit)
         made["ref"] = _ref(n)
     i = jnp.int32(0)
     for call in made.values():

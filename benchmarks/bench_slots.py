@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contenders import CONTENDERS, HAND, SHAPE, Contender, Slots, why_missing
+from contenders import CONTENDERS, HAND, SHAPE, Contender, Slots, on_cpu, why_missing
 from report import Findings, Goal
 from timing import AGAIN, Clock, Spread, repeated
 
@@ -28,7 +28,7 @@ def measure(quick: bool, large: bool) -> Findings:
     )
     contenders = []
     for c in CONTENDERS:
-        if why := why_missing(c.needs):
+        if why := why_missing(c):
             found.leave_out(c.label, why)
         else:
             contenders.append(c)
@@ -65,6 +65,8 @@ def _measure(found: Findings, n: int, contenders: Sequence[Contender], quick: bo
     labels = {c.key: c.label for c in contenders}
     title = f"{n:,} state{'s' * (n > 1)}"
     found.add_table(title, samples, labels, HAND, first_calls, slots=n)
+    if not on_cpu():
+        return
     for key, limits in GOALS.items():
         if n in limits and key in labels:
             text = f"{labels[key]} to by hand, {title}"

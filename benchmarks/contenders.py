@@ -17,7 +17,7 @@ import numpy as np
 
 import storax
 
-__all__ = ["CONTENDERS", "HAND", "SHAPE", "Contender", "Slots", "why_missing"]
+__all__ = ["CONTENDERS", "HAND", "SHAPE", "Contender", "Slots", "on_cpu", "why_missing"]
 
 SHAPE = (128,)
 HAND = "hand"
@@ -40,24 +40,33 @@ class Contender:
     make: Callable[[int], Slots]
     needs: str | None  # as `module:name`
     many: bool  # whether to try it with 1,000 slots
+    everywhere: bool  # or on a CPU only
 
 
 CONTENDERS: list[Contender] = []
 
 
-def contender(key: str, label: str, *, needs: str | None = None, many: bool = False):
+def contender(
+    key: str, label: str, *, needs: str | None = None, many: bool = False, everywhere: bool = True
+):
     def register(make: Callable[[int], Slots]) -> Callable[[int], Slots]:
-        CONTENDERS.append(Contender(key, label, make, needs, many))
+        CONTENDERS.append(Contender(key, label, make, needs, many, everywhere))
         return make
 
     return register
 
 
-def why_missing(needs: str | None) -> str | None:
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def why_missing(c: Contender) -> str | None:
     """Why a contender must be left out: a peer, or the part of it that is needed, isn't there."""
+    if not c.everywhere and not on_cpu():
+        return "runs on the CPU only"
     try:
-        if needs is not None:
-            pkgutil.resolve_name(needs)
+        if c.needs is not None:
+            pkgutil.resolve_name(c.needs)
     except (ImportError, AttributeError) as e:
         return str(e)
     return None
@@ -107,7 +116,7 @@ def with_storax(jit: Callable[[Step], Step], n: int) -> Slots:
     )
 
 
-@contender("storax", "storax, jax.jit", many=True)
+@contender("storax", "storax, jax.jit", many=True, everywhere=False)
 def storax_jax_jit(n: int) -> Slots:
     return with_storax(jax.jit, n)
 

@@ -31,18 +31,22 @@ BENCHMARKS = (
     "tracing",
     "batch_norm",
 )
+# Those that tell something where JAX has a GPU.
+ON_GPU = ("slots", "scan", "sizes", "batch_norm")
 PACKAGES = ("storax", "jax", "jaxlib", "equinox", "flax", "numpy")
 
 
 def main() -> int:
     args = _arguments()
-    folder = args.out or (HERE.parent / "build" / "quick" if args.quick else HERE / "results")
+    results = HERE / "results" / "gpu" if args.gpu else HERE / "results"
+    folder = args.out or (HERE.parent / "build" / "quick" if args.quick else results)
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if args.gpu else "cpu")
     if args.in_this_process:
         return _measure(args.only[0], folder, args.quick, args.large)
 
     start = time.perf_counter()
-    names = args.only or BENCHMARKS
+    names = args.only or (ON_GPU if args.gpu else BENCHMARKS)
     failed = []
     for name in names:
         print(f"--- {name}\n", flush=True)
@@ -50,7 +54,7 @@ def main() -> int:
         # A process each: what one leaves behind is not to slow down the next.
         command = [sys.executable, __file__, "--in-this-process", "--only", name]
         command += ["--out", str(folder)]
-        command += [f"--{flag}" for flag in ("quick", "large") if getattr(args, flag)]
+        command += [f"--{flag}" for flag in ("quick", "large", "gpu") if getattr(args, flag)]
         if subprocess.run(command).returncode:
             failed.append(name)
 
@@ -67,7 +71,8 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test of less than a minute")
-    parser.add_argument("--large", action="store_true", help="also with 1,000 states")
+    parser.add_argument("--large", action="store_true", help="also with 10,000 states")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, where JAX has one")
     parser.add_argument(
         "--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=f"{BENCHMARKS}"
     )
@@ -97,9 +102,16 @@ def _environment() -> dict[str, str]:
     return {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "commit": _commit(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}{_gpu()}",
         "software": ", ".join([f"Python {platform.python_version()}", *packages]),
     }
+
+
+def _gpu() -> str:
+    import jax
+
+    device = jax.devices()[0]
+    return "" if device.platform == "cpu" else f", {device.device_kind}"
 
 
 def _commit() -> str:

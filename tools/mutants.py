@@ -126,13 +126,13 @@ def run_all(tree: str, mutants: list[Mutant], whole_suite: bool) -> list[Mutant]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-k", default="", help="only the mutants whose names contain this")
+    parser.add_argument("-k", default="", help="only the mutants whose names match this expression")
     parser.add_argument("--quick", action="store_true", help="without the whole suite")
     args = parser.parse_args()
     import jax
 
     version = jax.__version_info__[:2]
-    mutants = [m for m in MUTANTS if args.k in m.name and version >= m.since]
+    mutants = [m for m in MUTANTS if re.search(args.k, m.name) and version >= m.since]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as tree:
         tree = os.path.realpath(tree)

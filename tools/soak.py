@@ -20,8 +20,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "tests", "python"))
 BATCH = 250
-# Statements in a program: half of them are small, as more of these can be run.
-SIZES = (3, 5, 8, 16)
+# Statements in a program: most have few, as more of these can be run.
+SIZES = (2, 3, 4, 5, 6, 8, 16)
 # Seconds for one program, or for making it smaller.
 LIMIT = 600
 JAX = importlib.metadata.version("jax")

@@ -69,14 +69,16 @@ def tell(**what) -> None:
 
 
 def program_of(seed: int, number: int):
-    from random_programs.interpreter import Interpreter, TooLarge
+    from random_programs.interpreter import RUNS, Interpreter, TooLarge
     from random_programs.programs import random_program
 
     attempt, size = 0, random.Random(f"{seed}/{number}").choice(SIZES)
     while True:
         program = random_program(f"{seed}/{number}/{attempt}", size)
+        meaning = Interpreter(program)
         try:
-            Interpreter(program).run()
+            for _ in range(RUNS):
+                meaning.run()
         except TooLarge:
             attempt += 1
             continue

@@ -8,7 +8,7 @@ import numpy as np
 
 import storax
 
-from .interpreter import Interpreter
+from .interpreter import RUNS, Interpreter
 from .runner import Runner
 from .syntax import Program
 
@@ -55,8 +55,8 @@ WAYS = {
     # JAX tries a loop in Python, and starts again if the lanes part company in the condition.
     "disable_jit": Way(_without_jit, runs=1, counts=False, one_in=40),
     # These load and store state when they like. What is not set at first runs as under plain jit once.
-    "storax.jit": Way(_hoisted(), runs=3, counts=False, one_in=2),
-    "storax.jit, pure": Way(_hoisted(pack=False), runs=3, counts=False, one_in=2, first=1),
+    "storax.jit": Way(_hoisted(), runs=RUNS, counts=False, one_in=2),
+    "storax.jit, pure": Way(_hoisted(pack=False), runs=RUNS, counts=False, one_in=2, first=1),
 }
 # What is refused, by JAX or by storax.
 REFUSED = {

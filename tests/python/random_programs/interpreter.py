@@ -35,6 +35,8 @@ from .syntax import (
     While,
 )
 
+# How often a program is run, at most, on the states that it left.
+RUNS = 3
 VALUE = frozenset()
 # Beyond this a float32 might not be exact.
 LARGEST = 2.0**20

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from .interpreter import Interpreter
+from .interpreter import RUNS, Interpreter
 from .syntax import (
     Block,
     Branch,
@@ -35,8 +35,11 @@ def shrink(program: Program, fails: Callable[[Program], bool]) -> Program:
 
 
 def means_something(program: Program) -> bool:
+    """Whether it does so each time it is run, as often as any way to check it runs it."""
     try:
-        Interpreter(program).run()
+        meaning = Interpreter(program)
+        for _ in range(RUNS):
+            meaning.run()
     except Exception:  # a name that is gone, lanes that don't agree
         return False
     return True

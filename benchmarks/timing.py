@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["AGAIN", "Clock", "Samples", "Spread", "repeated"]
+__all__ = ["AGAIN", "Clock", "Samples", "Spread", "repeated", "without_old_objects"]
 
 # What the baseline's twin is called.
 AGAIN = "again"
@@ -106,6 +106,17 @@ def _collecting_between_rounds() -> Iterator[Callable[[], object]]:
         yield gc.collect
     finally:
         gc.enable()
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def without_old_objects() -> Iterator[None]:
+    """Python's garbage collector runs as ever, but not over what others have left."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
         gc.unfreeze()
 
 

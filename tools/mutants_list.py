@@ -571,6 +571,13 @@ MUTANTS = [
         "if staged:",
         "takes_a_function",
     ),
+    Mutant(
+        "without the mask of shard_map",
+        "_control_flow.py",
+        '    "shard_map": _mask_shard_map,\n',
+        "",
+        "devices",
+    ),
     # --- Rules of custom derivatives that hide state ---
     _never(
         "parts the lanes of a loop with rules",

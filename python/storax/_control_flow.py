@@ -129,6 +129,13 @@ def _mask_checkpoint(params, ins, mask):
     return inner(mask, *ins)
 
 
+def _mask_shard_map(params, ins, mask):
+    inner = _jax.shard_map_like(
+        lambda mask, *args: _masked(_jax.open_jaxpr(params["jaxpr"]), (), mask, args), params
+    )
+    return inner(mask, *ins)
+
+
 def _mask_inline(key):
     return lambda params, ins, mask: masked(params[key], mask, ins)
 
@@ -139,6 +146,7 @@ _masked_rules: dict[str, Callable[..., Any]] = {
     "scan": _mask_scan,
     "jit": _mask_jit,
     "remat2": _mask_checkpoint,
+    "shard_map": _mask_shard_map,
     "custom_jvp_call": lambda *args: mask_custom_jvp(masked, *args),
     "custom_vjp_call": lambda *args: mask_custom_vjp(masked, *args),
     "closed_call": _mask_inline("call_jaxpr"),

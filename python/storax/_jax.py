@@ -209,6 +209,18 @@ def jit_like(f: Callable[..., Any], params: dict[str, Any]) -> Callable[..., Any
     return jax.jit(f, **kwargs)
 
 
+def shard_map_like(f: Callable[..., Any], params: dict[str, Any]) -> Callable[..., Any]:
+    """`jax.shard_map` of `f(first, *args)`, as a shard_map equation's; `first` is every device's."""
+    return jax.shard_map(
+        f,
+        mesh=params["mesh"],
+        in_specs=(jax.sharding.PartitionSpec(), *params["in_specs"]),
+        out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=set(params["newly_manual_axes"]),
+    )
+
+
 def make_varying(x: Any, names: frozenset[str]) -> Any:
     """The same value, marked as differing from device to device over these mesh axes too."""
     missing = tuple(n for n in names if n not in varying_axes(_core.typeof(x)))

@@ -47,9 +47,11 @@ def _refuse(ctx, slot, op):
             "keep the program's arguments on one device."
         )
     if auto_axes:
-        raise _needs_hoisting(
+        raise NotImplementedError(
             f"storax.{op} of {name} inside a `jax.shard_map` that leaves the mesh axes "
-            f"{list(auto_axes)} to the partitioner. Use `storax.jit`, or make every axis manual."
+            f"{list(auto_axes)} to the partitioner, which can't split a custom call. Make every axis "
+            "manual (`axis_names`); or get and set the state outside of the `shard_map`, under "
+            "`storax.jit`, and pass it through as a value."
         )
 
 

@@ -230,14 +230,65 @@ def test_vmap_inside_and_masked(vma):
     np.testing.assert_allclose(got, state)
 
 
-def test_inside_of_a_mask_is_refused(vma):
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit, storax.jit], ids=["eager", "jit", "ours"])
+@pytest.mark.parametrize("order", ["vmap", "vmap of grad", "grad of vmap"])
+def test_inside_of_a_mask(vma, order, jit):
+    """A state for each lane on each device: of lanes that take the branch, and as often as they loop."""
+    index = storax.StateIndex()
+    lanes, on_devices = jnp.array([1.0, 3.0, 2.0]), jnp.asarray(X)
+    mapped = lambda f: lambda x: shard(f, in_specs=(P(), AXIS), check_vma=vma)(x, on_devices)
+    zero = lambda x, v: 0 * lax.stop_gradient(x + v[0])
+    set_zero = mapped(lambda x, v: (storax.set_state(index, zero(x, v)), v)[1])
+    jit(jax.vmap(set_zero))(lanes)
+
+    def bump(x, v):
+        s = storax.get_state(index, zero(x, v))
+        storax.set_state(index, s + lax.psum(v, "i")[0] + lax.stop_gradient(x))
+        return x * (v + s)
+
+    def program(x):
+        y = lax.cond(x > 1.5, lambda x: mapped(bump)(x).sum(), lambda x: x, x)
+        if order == "vmap":
+            y += lax.while_loop(lambda k: k < x, lambda k: k + 1 + 0 * mapped(bump)(x).sum(), 1.0)
+        return y
+
+    def python(x, s):
+        y, slope = x, 1
+        if x > 1.5:
+            slope = (X + s).sum()
+            y, s = x * slope, s + X.sum() + x
+        k = 1
+        while order == "vmap" and k < x:
+            s, k = s + X.sum() + x, k + 1
+        return s, slope if "grad" in order else y + (k if order == "vmap" else 0)
+
+    call = {
+        "vmap": jax.vmap(program),
+        "vmap of grad": jax.vmap(jax.grad(program)),
+        "grad of vmap": jax.grad(lambda xs: jax.vmap(program)(xs).sum()),
+    }[order]
+    state = np.zeros((3, 4))
+    for _ in range(2):
+        got, want = jit(call)(lanes), []
+        for k, x in enumerate(np.asarray(lanes)):
+            state[k], y = python(x, state[k])
+            want.append(y)
+        np.testing.assert_allclose(got, want)
+    read_it = mapped(lambda x, v: storax.get_state(index, zero(x, v))[None])
+    np.testing.assert_allclose(jit(jax.vmap(read_it))(lanes), state)
+
+
+def test_inside_of_a_mask_on_a_state_that_lanes_share(vma):
     index = per_device(vma=vma)
     inner = shard(lambda x: inc(index, x), check_vma=vma)
     program = lambda p: lax.cond(p, inner, lambda x: x, jnp.asarray(X))
     for run in (jax.vmap(program), jax.jit(jax.vmap(program))):
-        with pytest.raises(NotImplementedError, match=r"`shard_map`.*Move the get and set out"):
-            run(jnp.array([True, False]))
-    np.testing.assert_allclose(read(index, vma=vma), S0)
+        before = read(index, vma=vma)
+        got = run(jnp.array([True, False]))
+        np.testing.assert_allclose(got, [X * before, X])
+        np.testing.assert_allclose(read(index, vma=vma), before + X)
+        run(jnp.array([False, False]))
+        np.testing.assert_allclose(read(index, vma=vma), before + X)
 
 
 def test_partly_manual_is_refused():
@@ -249,8 +300,9 @@ def test_partly_manual_is_refused():
         P("i", None),
         axis_names={"i"},
     )
-    with pytest.raises(NotImplementedError, match=r"'partly'.*\['j'\].*storax.jit"):
-        jax.jit(f)(jnp.ones((2, 2)))
+    for jit in (jax.jit, storax.jit):
+        with pytest.raises(NotImplementedError, match=r"'partly'.*\['j'\].*every axis manual"):
+            jit(f)(jnp.ones((2, 2)))
 
 
 def test_a_reversed_mesh_is_the_same_devices():

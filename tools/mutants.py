@@ -37,7 +37,7 @@ def copy_tree(to: str) -> None:
     """The package, with its extension, and the tests."""
     import storax._core
 
-    for folder in ("python", "tests", "tools", "examples", "docs"):
+    for folder in ("python", "tests", "tools", "examples", "docs", "benchmarks"):
         shutil.copytree(
             os.path.join(ROOT, folder),
             os.path.join(to, folder),

@@ -15,6 +15,7 @@ from jax import lax
 
 import storax
 from jit.counting import counter
+from nesting import WRAPPERS
 from storax import _core
 
 
@@ -44,18 +45,6 @@ def test_packed_form_has_one_load_and_one_store():
     assert custom_calls(loop, jnp.zeros(4)) == ["storax.load_states", "storax.store_states"]
 
 
-def _custom_jvp(f):
-    g = jax.custom_jvp(f)
-    g.defjvp(lambda xs, ts: jax.jvp(f, xs, ts))
-    return g
-
-
-def _custom_vjp(f):
-    g = jax.custom_vjp(f)
-    g.defvjp(lambda x: jax.vjp(f, x), lambda pullback, ct: pullback(ct))
-    return g
-
-
 AROUND = {
     "jit": jax.jit,
     "inlined jit": lambda f: jax.jit(f, inline=True),
@@ -69,8 +58,8 @@ AROUND = {
     ),
     "cond": lambda f: lambda x: lax.cond(x > 0, f, lambda x: x, x),
     "switch": lambda f: lambda x: lax.switch((x > 0) * 1, [lambda x: x, f, f], x),
-    "custom_jvp": _custom_jvp,
-    "custom_vjp": _custom_vjp,
+    "custom_jvp": WRAPPERS["custom_jvp"],
+    "custom_vjp": WRAPPERS["custom_vjp"],
     "grad": lambda f: lambda x: jax.grad(f)(x) * 0 + x,
     "vmap": lambda f: lambda x: jax.vmap(f)(jnp.stack([x, x])).sum(),
     "vmap of cond": lambda f: (

@@ -795,7 +795,10 @@ def _known_and_saved(saveable, unknown_in, instantiate_in, eqn):
 
 
 def define_partial_eval(primitive: Any) -> None:
-    """Under grad and remat an operation on state runs once, in the forward pass; its results are saved."""
+    """What remat looks for that may leave a scan is no operation on state, whatever it depends on.
+
+    For the rest JAX does what it does for all effects: run once, in the forward pass, and saved.
+    """
 
     def staged_in_hoisting(trace, *tracers, **params):
         if not getattr(_partial_eval, "hoisting", False):
@@ -804,7 +807,6 @@ def define_partial_eval(primitive: Any) -> None:
         out_avals, effects = primitive.abstract_eval(*[t.aval for t in known], **params)
         return _stage(trace, known, primitive, params, out_avals, effects)
 
-    _pe.partial_eval_jaxpr_custom_rules[primitive] = _known_and_saved
     _pe.custom_partial_eval_rules[primitive] = staged_in_hoisting
 
 

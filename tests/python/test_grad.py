@@ -74,8 +74,11 @@ def test_the_pullback_runs_nothing_again():
         lambda f: jax.grad(jax.checkpoint(f)),
         lambda f: jax.grad(lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0]),
         lambda f: jax.grad(lambda x: lax.cond(x > 0, f, lambda x: x, x)),
+        lambda f: jax.grad(
+            lambda x: jax.vmap(lambda y: lax.cond(y > 0, f, lambda y: y, y))(x[None])[0]
+        ),
     ],
-    ids=["grad", "jacfwd", "jvp", "linearize", "checkpoint", "scan", "cond"],
+    ids=["grad", "jacfwd", "jvp", "linearize", "checkpoint", "scan", "cond", "vmap of cond"],
 )
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_a_tangent_must_not_reach_the_state(transform, jit):
@@ -168,6 +171,52 @@ def test_scan_of_checkpoint_of_scan():
     value, grad = jax.jit(jax.value_and_grad(outer))(jnp.float32(1))
     assert (value, grad) == (24, 24)
     assert storax.get_state(index, jnp.float32(0)) == 5
+
+
+def _scan(f):
+    return lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0]
+
+
+def _twice(f):
+    """A while loop on a value of its own, beside what is differentiated."""
+    step = lambda c: (c[0] + 1, f(jnp.float32(1)))
+    return lambda x: x * lax.while_loop(lambda c: c[0] < 2, step, (0, jnp.float32(0)))[1]
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("nest", "want"),
+    [
+        (lambda f: jax.checkpoint(_scan(jax.checkpoint(f))), 3 * 4),
+        (lambda f: jax.checkpoint(_scan(_twice(f))), 4 * 6),
+        (lambda f: _scan(jax.checkpoint(_scan(_twice(f)))), 4 * 6 * 8 * 10),
+    ],
+    ids=["checkpoint in scan", "while in scan", "while in scan in scan"],
+)
+def test_what_depends_on_no_carry_stays_in_a_scan_under_checkpoint(nest, want, jit):
+    index = _counter(3)
+    value, grad = jit(jax.value_and_grad(nest(lambda x: _bump(index, x))))(jnp.float32(1))
+    assert (value, grad) == (want, want)
+    assert storax.get_state(index, jnp.float32(0)) == {12: 5, 24: 7, 1920: 11}[want]
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_masked_sets_stay_in_a_scan_under_checkpoint(jit):
+    """A condition's sets are not in a branch: of these, each lane's loop counts how often it asks."""
+    index, limits = storax.StateIndex(), jnp.array([1.0, 2.0])
+    jax.vmap(lambda x: storax.set_state(index, x))(0 * limits)
+
+    def lane(limit):
+        def goes_on(c):
+            storax.set_state(index, storax.get_state(index, 0 * limit) + 1)
+            return c < limit
+
+        return lax.while_loop(goes_on, lambda c: c + 1, 0 * limit)
+
+    f = jax.checkpoint(_scan(lambda x: x * jax.vmap(lane)(limits).sum()))
+    assert jit(jax.grad(f))(jnp.float32(1)) == 9
+    state = jax.vmap(lambda x: storax.get_state(index, x))(limits)
+    np.testing.assert_array_equal(state, [2 * 2, 2 * 3])
 
 
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])

@@ -528,24 +528,30 @@ def move_axis(axis_data: Any, x: Any, source: int | None, target: int | None) ->
 
 
 @functools.cache
-def _axis_data_class(name: str) -> type:
+def _axis_data_class(marks: frozenset[str]) -> type:
     # A subclass compares unequal to its base, so JAX's caches of batched jaxprs keep the two apart.
-    return type(name, (_batching.AxisData,), {"__slots__": ()})
+    members = {"__slots__": (), "marks": marks}
+    return type("MarkedAxisData", (_batching.AxisData,), members)
 
 
-def _marked(axis_data: Any, cls: type) -> Any:
-    if isinstance(axis_data, cls):
+def _marks(axis_data: Any) -> frozenset[str]:
+    return getattr(axis_data, "marks", frozenset())
+
+
+def _marked(axis_data: Any, mark: str) -> Any:
+    if mark in _marks(axis_data):
         return axis_data
+    cls = _axis_data_class(_marks(axis_data) | {mark})
     return cls(**{f.name: getattr(axis_data, f.name) for f in dataclasses.fields(axis_data)})
 
 
 def as_moved(axis_data: Any) -> Any:
     """Marks a vmap level as seen from inside control flow that JAX batched, where axes move."""
-    return _marked(axis_data, _axis_data_class("MovedAxisData"))
+    return _marked(axis_data, "moved")
 
 
 def is_moved(axis_data: Any) -> bool:
-    return isinstance(axis_data, _axis_data_class("MovedAxisData"))
+    return "moved" in _marks(axis_data)
 
 
 def as_parted(axis_data: Any) -> Any:
@@ -554,7 +560,7 @@ def as_parted(axis_data: Any) -> Any:
     JAX makes a select of it. Should a rule of custom derivatives in it turn out to set state, later,
     nothing knows any more which lanes it is for: `in_parted_rule` says so then.
     """
-    return _marked(axis_data, _axis_data_class("PartedAxisData"))
+    return _marked(axis_data, "parted")
 
 
 _rules = threading.local()
@@ -565,9 +571,9 @@ def in_parted_rule() -> bool:
 
 
 @contextlib.contextmanager
-def parted_rule(parted: bool = True) -> Iterator[None]:
+def _parted_rule() -> Iterator[None]:
     before = in_parted_rule()
-    _rules.parted = parted
+    _rules.parted = True
     try:
         yield
     finally:
@@ -580,7 +586,7 @@ def _mark_rules_of_parted_lanes() -> None:
 
     def mark(rule):
         def run(*args):
-            with parted_rule():
+            with _parted_rule():
                 return rule.call_wrapped(*args)
 
         return _lu.wrap_init(run, debug_info=rule.debug_info)
@@ -589,7 +595,7 @@ def _mark_rules_of_parted_lanes() -> None:
         original = getattr(trace, name)
 
         def process(self, *args, **kwargs):
-            if isinstance(self.axis_data, _axis_data_class("PartedAxisData")):
+            if "parted" in _marks(self.axis_data):
                 args = (*args[:which], mark(args[which]), *args[which + 1 :])
             return original(self, *args, **kwargs)
 

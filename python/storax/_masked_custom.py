@@ -20,8 +20,7 @@ def _run_masked(
     masked: Masked, f: Callable[..., list[Any]], mask: Any, args: Sequence[Any]
 ) -> list[Any]:
     """Runs a rule, which knows of no mask: traces it, and evaluates the trace under the mask."""
-    with _jax.parted_rule(False):
-        closed = jax.make_jaxpr(f)(*args)
+    closed = jax.make_jaxpr(f)(*args)
     return masked(closed, mask, args)
 
 

@@ -30,7 +30,7 @@ class _StatePrimitive(_jax.Primitive):
         # JAX asks no rule of ours about an operation whose operands are not differentiated.
         if _jax.is_differentiation(trace):
             _unknown_jax.require("grad")
-        if self is set_p and _jax.in_parted_rule():
+        if self is not get_p and _jax.in_parted_rule():
             raise NotImplementedError(
                 "storax.set_state in a rule of `custom_jvp` or `custom_vjp`, under `grad` of `vmap` "
                 "of a `cond`, `switch` or `while_loop` whose predicate is batched: which lanes the rule "

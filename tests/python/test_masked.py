@@ -180,6 +180,28 @@ def cond_in_cond_in_cond(m, s, x):
     return m.cond(x > 1, middle, lambda x: x, x)
 
 
+def cond_in_step(m, s, x):
+    """In a branch, control flow in which all lanes go the same way."""
+
+    def step(t, c):
+        add = lambda v: lambda c: (s.set(s.value + v), c + v)[1]
+        return m.cond(t < 1, add(1), add(10), c)
+
+    return m.cond(x > 1, lambda x: m.repeat(3, step, x), lambda x: x, x)
+
+
+def loop_in_step(m, s, x):
+    def step(c):
+        s.set(s.value + c[1])
+        return c[0] + 1, c[1] + 1
+
+    return m.loop(lambda c: c[0] < 3, step, (0, x))[1]
+
+
+def loop_in_step_in_cond(m, s, x):
+    return m.cond(x > 1, lambda x: loop_in_step(m, s, x), lambda x: x, x)
+
+
 def unbatched_loop_inside(m, s, x):
     def body(c):
         m.repeat(3, lambda t, k: (s.set(s.value + c), k)[1], x * 0)
@@ -225,6 +247,9 @@ PROGRAMS = [
     while_in_cond,
     while_in_scan,
     cond_in_cond_in_cond,
+    cond_in_step,
+    loop_in_step,
+    loop_in_step_in_cond,
     unbatched_loop_inside,
     *[in_wrapper(how) for how in WRAPPERS],
     *[cond_in_wrapper(how) for how in WRAPPERS],
@@ -394,6 +419,43 @@ def test_state_in_a_rule_alone_in_a_loop_under_a_mask(order, loop, around, jit):
     np.testing.assert_array_equal(state, [0 if masked else 2, 2, 2])
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_state_in_a_rule_in_a_rule(jit):
+    """A rule runs for lanes that have parted, and which these are no mask within it says."""
+    index, other = storax.StateIndex(), storax.StateIndex()
+    for i in (index, other):
+        storax.set_state(i, jnp.float32(1))
+    get = lambda i: storax.get_state(i, jnp.float32(0))
+
+    @jax.custom_jvp
+    def inner(x):
+        return x
+
+    @inner.defjvp
+    def _(primals, tangents):
+        storax.set_state(index, get(index) + 1)
+        return primals[0], tangents[0] * 5
+
+    @jax.custom_jvp
+    def outer(x):
+        return x
+
+    @outer.defjvp
+    def _(primals, tangents):
+        in_lanes = lambda y: lax.cond(y > 0, lambda y: inner(y) * get(other), lambda y: y, y)
+        return primals[0], tangents[0] * jax.vmap(in_lanes)(primals[0] * jnp.ones(2)).sum()
+
+    slope = lambda f: lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+    f = lambda x: lax.cond(x > 2, outer, lambda x: x, x)
+    assert jit(slope(slope(outer)))(jnp.float32(3)) == 10
+    assert get(index) == 2
+    for xs, want in ((jnp.array([0.0, 1.0]), [0, 0]), (jnp.array([0.0, 3.0]), [0, 10])):
+        with pytest.raises(NotImplementedError, match=r"no longer known. Use `vmap` of `grad`"):
+            jit(slope(slope(jax.vmap(f))))(xs)
+        np.testing.assert_array_equal(jit(jax.vmap(slope(slope(f))))(xs), want)
+        assert get(index) == 2 + (10 in want)
+
+
 # --- Unbatched state, and what is not masked -------------------------------------------------------
 
 
@@ -429,6 +491,35 @@ def test_an_unbatched_like_stays_unbatched():
     f = lambda x, like: lax.cond(x > 0, lambda k: storax.get_state(index, k), lambda k: k, like)
     got = jax.jit(jax.vmap(f, in_axes=(0, None)))(jnp.array([1.0, -1.0]), jnp.float32(0))
     np.testing.assert_array_equal(got, [5, 0])
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_an_unbatched_like_that_is_carried_stays_unbatched(jit):
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(5))
+
+    def lane(x, like):
+        goes_on = lambda c: c[0] < storax.get_state(index, c[1])
+        return lax.while_loop(goes_on, lambda c: (c[0] + 2, c[1]), (x, like))[0]
+
+    got = jit(jax.vmap(lane, in_axes=(0, None)))(jnp.array([0.0, 3.0, 9.0]), jnp.float32(0))
+    np.testing.assert_array_equal(got, [6, 5, 9])
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_lanes_within_a_branch_of_lanes(jit):
+    """What an inner vmap has masked is masked once more."""
+    index = storax.StateIndex()
+    takes, xs = jnp.array([True, False]), jnp.array([[1.0, -1.0, 2.0], [3.0, -3.0, 4.0]])
+    jax.vmap(jax.vmap(lambda x: storax.set_state(index, x)))(0 * xs)
+
+    def bump(x):
+        storax.set_state(index, storax.get_state(index, 0 * x) + x)
+
+    inner = jax.vmap(lambda x: lax.cond(x > 0, bump, lambda x: None, x))
+    jit(jax.vmap(lambda p, xs: lax.cond(p, inner, lambda xs: None, xs)))(takes, xs)
+    state = jax.vmap(jax.vmap(lambda x: storax.get_state(index, x)))(xs)
+    np.testing.assert_array_equal(state, [[1, 0, 2], [0, 0, 0]])
 
 
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])

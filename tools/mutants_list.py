@@ -78,8 +78,8 @@ MUTANTS = [
     Mutant(
         "axes that JAX moved are like others",
         "_jax.py",
-        "    if isinstance(axis_data, cls):\n        return axis_data",
-        "    if True:\n        return axis_data",
+        '    return _marked(axis_data, "moved")',
+        "    return axis_data",
         "vmap",
     ),
     Mutant(
@@ -215,10 +215,7 @@ MUTANTS = [
         "takes_a_function -k persistent",
     ),
     _never(
-        "gives every device a state that was set before",
-        "_lowering.py",
-        "if mesh and held and not type_parts(held).mesh:",
-        "devices",
+        "looks for types of the store's making", "_slot.py", "if number not in _parts:", "devices"
     ),
     _never("notes the order of a mesh", "_lowering.py", "if order:", "devices"),
     _without(
@@ -400,14 +397,7 @@ MUTANTS = [
     _never(
         "notices rules of parted lanes",
         "_primitives.py",
-        "if self is set_p and _jax.in_parted_rule():",
-        "masked -k backward",
-    ),
-    Mutant(
-        "rules in a mask are taken for those of parted lanes",
-        "_masked_custom.py",
-        "    with _jax.parted_rule(False):",
-        "    if True:",
+        "if self is not get_p and _jax.in_parted_rule():",
         "masked -k backward",
     ),
     # --- Where JAX runs functions in other ways ---

@@ -13,7 +13,7 @@ from ._primitives import (
     set_p,
     split_row,
 )
-from ._slot import structure_at, type_parts
+from ._slot import structure_at
 
 __all__ = ["install", "needs_hoisting"]
 
@@ -64,13 +64,8 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     _unknown_jax.require("jit")
     _refuse(ctx, slot, op)
     _store.register_handlers()
-    held = slot.type
     if mesh:
         _store.mesh_slots.add(slot_id)
-    if mesh and held and not type_parts(held).mesh:
-        # The type that a state set before will have from its first set on a device on.
-        parts = type_parts(held)
-        parts.structure.type_id(parts.shapes, parts.levels, mesh)
     order = _jax.mesh_ordinals(ctx)
     if order:
         _store.mesh_orders[slot_id] = order

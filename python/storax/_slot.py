@@ -161,7 +161,19 @@ _parts: dict[int, TypeParts] = {}
 
 
 def type_parts(number: int) -> TypeParts:
+    if number not in _parts:
+        _note_inherited()
     return _parts[number]
+
+
+def _note_inherited() -> None:
+    """Notes the types that the store makes, of states set before a program over a mesh has them per device."""
+    known = list(_parts.values())
+    meshes = {(p.structure, p.mesh) for p in known if p.mesh}
+    for parts in known:
+        for structure, mesh in meshes:
+            if structure is parts.structure and not parts.mesh:
+                structure.type_id(parts.shapes, parts.levels, mesh)
 
 
 def laid_out_as(to: int, source: int, leaves: Sequence[Any]) -> list[Any] | None:

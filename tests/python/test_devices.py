@@ -333,6 +333,19 @@ def test_from_the_host():
     np.testing.assert_allclose(storax.get_state(both, jnp.zeros((2, 2))), values)
     with pytest.raises(RuntimeError, match=r"'per device'"):
         storax.get_state(both, jnp.zeros(4))
+    # The mesh says what comes first.
+    reverse = Mesh(np.array(jax.devices())[::-1], ("i",))
+    np.testing.assert_allclose(storax.get_state(per_device(mesh=reverse), jnp.zeros(4)), S0)
+
+
+def test_what_is_got_differs_from_device_to_device():
+    """JAX must know: it adds up what each device makes of a gradient, and checks what is returned."""
+    index = per_device()
+    loss = lambda w: w * get(index)
+    grad = shard(jax.grad(loss), in_specs=P(), out_specs=P())
+    assert jax.jit(grad)(jnp.float32(1)) == S0.sum()
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.jit(shard(loss, in_specs=P(), out_specs=P()))(jnp.float32(1))
 
 
 def test_random_programs_run_in_order_on_every_device():
@@ -420,6 +433,32 @@ def test_a_state_set_before_is_every_devices_own_from_then_on():
     level(jnp.asarray(X))
     total = 4 * 10 + 2 * X.sum()
     assert storax.get_state(index, ZERO) == total
+
+
+@pytest.mark.parametrize("when", ["before", "after a failure"])
+def test_a_state_set_before_keeps_its_batch_axes(when):
+    """The program's are others, as a scan moves them to the front."""
+    index, lanes = storax.StateIndex(), jnp.arange(6.0).reshape(3, 2)
+
+    def step(x, _):
+        storax.set_state(index, storax.get_state(index, 0 * x) + x)
+        return x, None
+
+    over_lanes = lambda f: jax.vmap(f, in_axes=1, out_axes=1)
+    scan = over_lanes(lambda x: lax.scan(step, x, None, length=1)[0])
+    program = jax.jit(shard(lambda x: scan(x[0])[None]))
+    x = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+
+    def run():
+        jax.block_until_ready(program(x))
+        storax.barrier()
+
+    if when == "after a failure":
+        with pytest.raises(RuntimeError, match="nothing has been set"):
+            run()
+    over_lanes(lambda x: (storax.set_state(index, x), x)[1])(lanes)
+    run()
+    np.testing.assert_allclose(storax.get_state(index, jnp.zeros((4, 3, 2))), x + lanes)
 
 
 def test_masked_set_of_an_inherited_state():

@@ -182,7 +182,7 @@ def _get_frozen(index: StateIndex, like: list[Any], structure: Any) -> list[Any]
             f"{_core.type_text(structure.type_id(tuple(x.shape for x in like), (), ()))}. Get and "
             "set must agree in dtype, shape, PyTree structure and batch axes."
         )
-    state = [jax.lax.stop_gradient(x) for x in index._leaves]
+    state = list(index._leaves)
     if structure.widened:
         state = [to_stored(x, k) for x, k in zip(state, structure.kinds, strict=True)]
     return frozen_p.bind(

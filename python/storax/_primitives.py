@@ -238,10 +238,19 @@ def _(*held_and_like, **params):
 # --- vmap -----------------------------------------------------------------------------------------
 
 
-def _recorded(levels: tuple, axis_data: Any, dims: Sequence[int | None]) -> tuple:
+# The axis that `storax.stack` maps over, and the slots whose states differ along it.
+STACK = "storax.stack"
+differ_in_stack: set[int] = set()
+
+
+def _recorded(
+    levels: tuple, axis_data: Any, dims: Sequence[int | None], slot: int | None = None
+) -> tuple:
     """A level is part of the type only if some leaf of this call is batched at it."""
     if all(d is None for d in dims):
         return levels
+    if axis_data.name == STACK and slot is not None:
+        differ_in_stack.add(slot)
     return (*levels, (tuple(dims), _jax.is_moved(axis_data)))
 
 
@@ -262,7 +271,7 @@ def _batch_set(axis_data, args, dims, *, levels, rows, **params):
     if row_dim and row_dim[0] is not None:
         _set_rows(axis_data, None, row[0], state, state_dims, levels=levels, rows=rows, **params)
     else:
-        levels = _recorded(levels, axis_data, state_dims)
+        levels = _recorded(levels, axis_data, state_dims, params["slot"])
         set_p.bind(*args, levels=levels, rows=rows, **params)
     return [], []
 
@@ -281,7 +290,7 @@ def _batch_set_masked(axis_data, args, dims, *, levels, mask_axes, rows, **param
         if mask_dim is not None:
             mask = lax.reduce_or(mask, (mask_dim,))
     else:
-        levels = _recorded(levels, axis_data, state_dims)
+        levels = _recorded(levels, axis_data, state_dims, params["slot"])
         mask_axes = (*mask_axes, mask_dim)
     set_masked_p.bind(mask, *args, levels=levels, mask_axes=mask_axes, rows=rows, **params)
     return [], []
@@ -294,7 +303,7 @@ def _refuse_rows(levels, slot):
     if levels:
         raise NotImplementedError(
             f"storax: {_core.share_slot(slot).name} belongs to stacked layers, and a `vmap` over "
-            "them contains a `vmap` whose lanes have states of their own. Swap the two."
+            "them contains a `vmap` whose lanes have states of their own. Scan over the layers instead."
         )
 
 

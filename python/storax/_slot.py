@@ -167,7 +167,7 @@ def type_parts(number: int) -> TypeParts:
 
 
 def _note_inherited() -> None:
-    """Notes the types that the store makes, of states set before a program over a mesh has them per device."""
+    """Notes the types that the store makes: of states set before a program over a mesh used them."""
     known = list(_parts.values())
     meshes = {(p.structure, p.mesh) for p in known if p.mesh}
     for parts in known:

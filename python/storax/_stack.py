@@ -11,6 +11,7 @@ import numpy as np
 
 from . import _jax, _store
 from ._index import StateIndex
+from ._primitives import STACK, differ_in_stack
 from ._slot import Slot, type_parts
 
 __all__ = ["stack"]
@@ -56,10 +57,10 @@ def stack(make: Callable[..., Any]) -> Callable[..., Any]:
 
         def make_one(*args: Any, **kwargs: Any) -> Any:
             nonlocal rows
-            rows = jax.lax.axis_size("storax.stack")
+            rows = jax.lax.axis_size(STACK)
             return make(*args, **kwargs)
 
-        layers = eqx.filter_vmap(make_one, axis_name="storax.stack")(*args, **kwargs)
+        layers = eqx.filter_vmap(make_one, axis_name=STACK)(*args, **kwargs)
         stacked: dict[int, Slot] = {}
         is_index = lambda x: isinstance(x, StateIndex)
 
@@ -84,11 +85,12 @@ def _stack_slot(slot: Slot, rows: int) -> Slot:
         return made
     parts = type_parts(type_id)
     structure = parts.structure
-    (axes, _), *outer = parts.levels or (((None,) * len(structure.kinds), False),)
-    if outer:
+    differs = slot.id in differ_in_stack
+    if len(parts.levels) > differs:
         raise NotImplementedError(
             f"storax.stack: {slot.core.name} is set under a `vmap` of its own."
         )
+    axes = parts.levels[0][0] if differs else (None,) * len(structure.kinds)
     _, leaves = _store.read_stored(slot.core)
     whole = []
     for x, axis in zip(leaves, axes, strict=True):

@@ -206,6 +206,24 @@ def test_another_device(index):
     assert storax.get_state(index, jnp.float32(0)) == 1
 
 
+def test_a_get_that_failed_leaves_nothing_behind(index):
+    """Nor does one of the right type that was asked for too early, for the device it might have been on."""
+    with pytest.raises(RuntimeError, match="nothing has been set"):
+        storax.get_state(index, jnp.float32(0))
+    second = jax.local_devices()[1]
+    storax.set_state(index, jax.device_put(jnp.float32(1), second))
+    assert storax.get_state(index, jnp.float32(0)).devices() == {second}
+
+
+def test_each_eager_get_is_compared(index):
+    storax.set_state(index, jnp.float32(1))
+    for _ in range(2):
+        assert storax.get_state(index, jnp.float32(0)) == 1
+        for like in (jnp.int32(0), jnp.zeros(2)):
+            with pytest.raises(RuntimeError, match=r"'counter': it holds f32\[\], but `like` is"):
+                storax.get_state(index, like)
+
+
 def test_a_branch_that_is_not_taken_never_raises(index):
     @jax.jit
     def f(x):

@@ -229,6 +229,19 @@ def test_flattening_again_inside_a_trace_keeps_the_tracers(index):
     np.testing.assert_array_equal(read(frozen), [2, 3])
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, eqx.filter_jit], ids=["eager", "jit"])
+def test_a_set_in_a_transformation_does_not_change_its_inputs(index, jit):
+    frozen = eqx.nn.inference_mode(index)
+
+    def loss(pair):
+        storax.set_state(index, jnp.float32(10))
+        again = jax.tree.map(lambda x: x, pair)
+        return storax.get_state(again[0], ZERO) * pair[1]
+
+    assert jit(eqx.filter_grad(loss))((frozen, jnp.float32(2)))[1] == 3
+    assert value(frozen) == 10
+
+
 def test_first_set_after_freezing():
     index = storax.StateIndex()
     frozen = eqx.nn.inference_mode(index)
@@ -254,6 +267,14 @@ def test_frozen_state_has_no_gradient(index):
     grads = eqx.filter_jit(eqx.filter_grad(loss))((frozen, jnp.float32(2)))
     assert grads[1] == 3
     assert all(float(g) == 0 for g in jtu.tree_leaves(grads[0]))
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_frozen_state_is_a_constant_whatever_like_depends_on(index, jit):
+    frozen = eqx.nn.inference_mode(index)
+    f = lambda x: x * storax.get_state(frozen, 0 * x)
+    assert jit(jax.value_and_grad(f))(jnp.float32(2)) == (6, 3)
+    assert jit(lambda x: jax.jvp(f, (x,), (x,)))(jnp.float32(2)) == (6, 6)
 
 
 def test_frozen_batched_state():

@@ -1,5 +1,7 @@
 """Stacked layers: four layers scanned over are what four separate layers are."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -163,31 +165,28 @@ def test_vmap_over_the_layers_masked():
 
 def test_batched_states_in_a_scan_over_layers():
     """Lanes of a vmap inside of the scan have states of their own, in each layer."""
-    keys = KEYS
-
-    def make(key):
-        index = storax.StateIndex()
-        storax.set_state(index, jnp.zeros(2) + jax.random.uniform(key))
-        return index
-
-    stacked = storax.stack(make)(keys)
-    whole = lambda: storax.get_state(stacked, jnp.zeros((N, 2)))
-    before = whole()
+    stacked = storax.stack(lambda key: (storax.StateIndex(), key))(KEYS)[0]
+    lanes = partial(jax.vmap, in_axes=1, out_axes=1)
+    whole = lambda: lanes(lambda x: storax.get_state(stacked, x))(jnp.zeros((N, 2)))
+    start, xs = jnp.arange(2.0 * N).reshape(N, 2), jnp.array([1.0, 10.0])
+    lanes(lambda x: (storax.set_state(stacked, x), x)[1])(start)
     arrays, static = eqx.partition(stacked, eqx.is_array)
 
-    @jax.jit
-    def run(x):
-        def step(x, a):
-            index = eqx.combine(a, static)
-            s = storax.get_state(index, x)
-            storax.set_state(index, s + x)
-            return x * 2, None
+    def add(index, x):
+        storax.set_state(index, storax.get_state(index, 0 * x) + x)
+        return 2 * x
 
-        return lax.scan(step, x, arrays)[0]
+    step = lambda xs, a: (jax.vmap(partial(add, eqx.combine(a, static)))(xs), None)
+    jax.jit(lambda xs: lax.scan(step, xs, arrays))(xs)
+    want = start + 2.0 ** jnp.arange(N)[:, None] * xs
+    np.testing.assert_allclose(whole(), want)
 
-    run(jnp.array([1.0, 10.0]))
-    scale = 2.0 ** jnp.arange(N)[:, None]
-    np.testing.assert_allclose(whole(), before + scale * jnp.array([1.0, 10.0]), rtol=1e-6)
+    # All of the layers at once have no such lanes, yet.
+    maybe = lambda index, x: lax.cond(x > 5, lambda: storax.set_state(index, x), lambda: None)
+    for f in (add, maybe):
+        with pytest.raises(NotImplementedError, match="Scan over the layers"):
+            eqx.filter_vmap(lambda index, f=f: jax.vmap(partial(f, index))(xs))(stacked)
+    np.testing.assert_allclose(whole(), want)
 
 
 def test_masked_by_an_unbatched_row():
@@ -245,6 +244,27 @@ def test_a_shared_index_stays_shared():
 
     a, b = storax.stack(make)(KEYS)
     assert a._slot is b._slot
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_states_that_are_set_under_a_vmap_of_their_own_are_refused(differs):
+    def make(key):
+        index = storax.StateIndex(name="lanes")
+        start = jax.random.uniform(key, (N,)) if differs else jnp.zeros(N)
+        jax.vmap(lambda x: storax.set_state(index, x))(start)
+        return index
+
+    with pytest.raises(NotImplementedError, match=r"'lanes' is set under a `vmap` of its own"):
+        storax.stack(make)(KEYS)
+
+
+def test_states_of_each_device_are_refused():
+    stacked, _ = both()
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = lambda x: scan(stacked, x[0])[None]
+    f = jax.shard_map(f, mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))
+    with pytest.raises(NotImplementedError, match=r"inside of `shard_map` or `pmap` are not"):
+        jax.jit(f)(jnp.ones((4, 3)))
 
 
 def test_errors():

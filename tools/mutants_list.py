@@ -241,14 +241,16 @@ MUTANTS = [
             "remat2": "masked",
             "custom_jvp_call": "masked",
             "custom_vjp_call": "masked",
-            "closed_call": "takes_a_function masked",
-            "eval_jaxpr": "masked takes_a_function",
             "cond": "masked",
             "while": "masked",
-            "masked_cond": "masked",
-            "masked_while": "masked",
         }.items()
     ],
+    _without(
+        "the mask of calls",
+        "_control_flow.py",
+        '    **dict.fromkeys(("closed_call", "eval_jaxpr"), _mask_call),\n',
+        "masked",
+    ),
     *[
         Mutant(
             f"without our batching of {name}",

@@ -136,8 +136,8 @@ def _mask_shard_map(params, ins, mask):
     return inner(mask, *ins)
 
 
-def _mask_inline(key):
-    return lambda params, ins, mask: masked(params[key], mask, ins)
+def _mask_call(params, ins, mask):
+    return masked(params["call_jaxpr"], mask, ins)
 
 
 _masked_rules: dict[str, Callable[..., Any]] = {
@@ -149,16 +149,10 @@ _masked_rules: dict[str, Callable[..., Any]] = {
     "shard_map": _mask_shard_map,
     "custom_jvp_call": lambda *args: mask_custom_jvp(masked, *args),
     "custom_vjp_call": lambda *args: mask_custom_vjp(masked, *args),
-    "closed_call": _mask_inline("call_jaxpr"),
-    "eval_jaxpr": lambda params, ins, mask: masked(
-        params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"], mask, ins
-    ),
+    # What JAX makes of a scan under checkpoint, and the like; the latter since 0.11.
+    **dict.fromkeys(("closed_call", "eval_jaxpr"), _mask_call),
     "cond": lambda params, ins, mask: masked_cond_p.bind(mask, *ins, params=_Params(params)),
     "while": lambda params, ins, mask: masked_while_p.bind(mask, *ins, params=_Params(params)),
-    "masked_cond": lambda params, ins, mask: masked_cond_p.bind(mask & ins[0], *ins[1:], **params),
-    "masked_while": lambda params, ins, mask: masked_while_p.bind(
-        mask & ins[0], *ins[1:], **params
-    ),
 }
 
 

@@ -318,6 +318,24 @@ def test_derivatives_under_a_mask(how, order):
     np.testing.assert_array_equal(state, [0, 1, 1])
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_derivative_of_checkpoint_of_scan_in_a_branch(jit):
+    """JAX calls what it knows of the scan by a primitive of its own."""
+    index, xs = storax.StateIndex(), jnp.array([0.0, 2.0, 3.0])
+    jax.vmap(lambda x: storax.set_state(index, x))(0 * xs + 1)
+
+    def step(x, _):
+        s = storax.get_state(index, 0 * lax.stop_gradient(x))
+        storax.set_state(index, s + 1)
+        return x * s, None
+
+    f = jax.checkpoint(lambda x: lax.scan(step, x, None, length=2)[0])
+    slope = lambda x: lax.cond(x > 1, jax.grad(f), lambda x: x, x)
+    np.testing.assert_array_equal(jit(jax.vmap(slope))(xs), [0, 1 * 2, 1 * 2])
+    state = jax.vmap(lambda x: storax.get_state(index, x))(xs)
+    np.testing.assert_array_equal(state, [1, 3, 3])
+
+
 BACKWARD = {"vmap of grad": lambda g: jax.vmap(jax.grad(g))}
 BACKWARD["grad of vmap"] = lambda g: jax.grad(lambda xs: jax.vmap(g)(xs).sum())
 

@@ -402,6 +402,20 @@ MUTANTS = [
         "if self is not get_p and _jax.in_parted_rule():",
         "masked -k backward",
     ),
+    Mutant(
+        "lanes that have moved are no longer known to have parted",
+        "_jax.py",
+        "_axis_data_class(_marks(axis_data) | {mark})",
+        "_axis_data_class(frozenset({mark}))",
+        "masked -k rule_in_a_rule",
+    ),
+    Mutant(
+        "a masked set in a rule of parted lanes is let through",
+        "_primitives.py",
+        "if self is not get_p and _jax.in_parted_rule():",
+        "if self is set_p and _jax.in_parted_rule():",
+        "masked -k rule_in_a_rule",
+    ),
     # --- Where JAX runs functions in other ways ---
     _without(
         "refusal of reductions",

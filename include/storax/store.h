@@ -109,7 +109,11 @@ class Slot {
   void add_program(std::int64_t n) noexcept;
 
   // Taken for as long as it takes to dispatch a program; never wait for it holding the GIL.
-  std::recursive_mutex& loan_mutex() noexcept { return loan_mutex_; }
+  std::recursive_timed_mutex& loan_mutex() noexcept { return loan_mutex_; }
+  // Whether the thread that has the mutex is in a program that works on the lent state in place:
+  // the program's own callbacks may run there, and find the mutex theirs but the state gone.
+  bool is_worked_on() const noexcept { return workers_.load(std::memory_order_acquire) > 0; }
+  void work(std::int64_t n) noexcept { workers_.fetch_add(n, std::memory_order_acq_rel); }
 
   // Frees the state's memory: it is `loan` from here on. Fixes type and device as a set does; the
   // device is kNoDevice if the state is spread over several. kChanged, and nothing done, if
@@ -179,7 +183,8 @@ class Slot {
   std::atomic<std::int64_t> programs_{0};
   std::atomic<std::int64_t> refs_{0};
 
-  std::recursive_mutex loan_mutex_;
+  std::recursive_timed_mutex loan_mutex_;
+  std::atomic<std::int64_t> workers_{0};
   std::unique_ptr<Loan> loan_ STORAX_GUARDED_BY(lock_);
   Device loan_device_ STORAX_GUARDED_BY(lock_) = kNoDevice;
   std::atomic<std::int64_t> pins_{0};

@@ -42,9 +42,7 @@ class Traced(_Wrapper):
 
     @property
     def out_info(self) -> Any:
-        info = self._inner.out_info
-        hoisted = self._placement is not None and self._placement.returns_states
-        return info[1] if hoisted else info
+        return _of_user(self._inner.out_info, self._placement)
 
     def lower(self, **kwargs: Any) -> Any:
         try:
@@ -62,10 +60,20 @@ class Traced(_Wrapper):
         return Lowered(lowered, self._jitted, self._key, self._specialised, self._placement)
 
 
+def _of_user(out_info: Any, placement: Placement | None) -> Any:
+    """What is known of the results of the user's function, from what is of the compiled one's."""
+    hoisted = placement is not None and placement.returns_states
+    return _core.restore(out_info[1] if hoisted else out_info)
+
+
 class Lowered(_Wrapper):
     def __init__(self, inner: Any, *rest: Any):
         super().__init__(inner)
         self._rest = rest
+
+    @property
+    def out_info(self) -> Any:
+        return _of_user(self._inner.out_info, self._rest[-1])
 
     def compile(self, compiler_options: Any = None) -> "Compiled":
         return Compiled(self._inner.compile(compiler_options), *self._rest)
@@ -96,4 +104,7 @@ class Compiled(_Wrapper):
             )
         if self._placement is None:
             return _core.restore(self._inner(*arrays))
-        return self._specialised.run_compiled(self._inner, self._placement, arrays)
+        try:
+            return self._specialised.run_compiled(self._inner, self._placement, arrays)
+        except (RuntimeError, ValueError) as error:
+            self._jitted._call_failed(error)

@@ -104,7 +104,7 @@ class Slot:
 
 def create_slot(name: str) -> Slot: ...
 def share_slot(id: int) -> Slot:
-    """The live slot of that id. KeyError if it is gone."""
+    """The live slot of that id. RuntimeError if it is gone."""
 
 def intern_type(
     leaves: Sequence[tuple[str, int, Sequence[int]]],
@@ -205,6 +205,9 @@ class Dispatcher:
     def __init__(
         self, retry: object, static_argnums: Sequence[int], static_argnames: object
     ) -> None: ...
+
+def work(slot: Slot, n: int) -> None:
+    """Says that `n` more programs work on the lent state in place."""
 
 class LoanLock:
     """Holds the loan mutexes of slots."""

@@ -42,7 +42,7 @@ def _private(name: str) -> Any:
 
 
 _ad_checkpoint = _private("ad_checkpoint")  # remat_p
-_config = _private("config")  # whether shard_map checks varying axes
+_config = _private("config")  # whether shard_map checks varying axes; what traces depend on
 _api_util = _private("api_util")  # static arguments
 _core = _private("core")  # abstract values, the current trace
 _custom = _private("custom_derivatives")  # the rules inside of custom_jvp and custom_vjp equations
@@ -54,6 +54,7 @@ _source_info = _private("source_info_util")  # equations that we stage ourselves
 _ad = _private("interpreters.ad")
 _lu = _private("linear_util")  # wrap_init, for the rules of custom derivatives
 _batching = _private("interpreters.batching")  # fancy_primitive_batchers, AxisData
+_mesh = _private("mesh")  # the mesh of no devices
 _mlir = _private("interpreters.mlir")  # tokens
 _pe = _private("interpreters.partial_eval")
 _pxla = _private("interpreters.pxla")  # what the dispatcher thinks of effects
@@ -112,6 +113,34 @@ def is_concrete(x: Any) -> bool:
 # Runs operations at once even while something is being traced. Like the public
 # `jax.ensure_compile_time_eval`, but keeps no state of its own between uses.
 eval_now = _core.eval_context
+
+
+@contextlib.contextmanager
+def eval_off_mesh() -> Iterator[None]:
+    """The same, and outside of any `jax.set_mesh`, which would spread over the mesh what is made."""
+    with eval_now():
+        if jax.sharding.get_abstract_mesh().empty:
+            yield
+            return
+        # As `jax.set_mesh` does, which refuses to where something is being traced.
+        meshes = _mesh.empty_abstract_mesh, _mesh.empty_concrete_mesh
+        contexts = [_of_mesh(n) for n in ("abstract_mesh_context_manager", "device_context")]
+        before = [c.swap_local(m) for c, m in zip(contexts, meshes, strict=True)]
+        try:
+            yield
+        finally:
+            for context, mesh in zip(contexts, before, strict=True):
+                context.set_local(mesh)
+
+
+def _of_mesh(name: str) -> Any:
+    # In `config` before 0.11, in `mesh` since.
+    return getattr(_config, name, None) or getattr(_mesh, name)
+
+
+def configuration() -> Any:
+    """What a trace depends on besides its arguments: precision, whether there are 64 bits, ..."""
+    return _config.trace_context()
 
 
 def strong(aval: Any) -> Any:
@@ -945,7 +974,7 @@ def _fence(ordinal: int) -> Callable[[], Any]:
     def fence():
         jax.ffi.ffi_call(FENCE, (), has_side_effect=True)()
 
-    with eval_now(), jax.default_device(local_device(ordinal)):
+    with eval_off_mesh(), jax.default_device(local_device(ordinal)):
         compiled = jax.jit(fence).lower().compile()
     try:
         # What is behind a compiled function: no Python, and no matter what is being traced.
@@ -956,7 +985,7 @@ def _fence(ordinal: int) -> Callable[[], Any]:
 
 @functools.cache
 def _noop(ordinal: int) -> Callable[[], None]:
-    with eval_now():
+    with eval_off_mesh():
         x = jax.device_put(jnp.zeros(()), local_device(ordinal))
         run = jax.jit(lambda x: x + 1)
         run(x).block_until_ready()
@@ -972,7 +1001,7 @@ def wait_for_this_thread(ordinal: int) -> None:
     """
     if passes_fence(_fence(ordinal)):
         return
-    with eval_now():
+    with eval_off_mesh():
         _noop(ordinal)()
 
 

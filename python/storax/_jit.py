@@ -11,12 +11,17 @@ import numpy as np
 from . import _core, _hoist, _jax, _store
 from ._aot import Traced
 from ._install import install
+from ._packed import NeedsPureError
 from ._specialise import Specialised, is_array
 
 __all__ = ["jit"]
 
 # How XLA's errors start. JAX's C++ dispatch raises them as ValueError.
-_XLA_ERROR = re.compile(r"[A-Z_]+: ")
+_XLA_ERROR = re.compile(
+    "(CANCELLED|UNKNOWN|INVALID_ARGUMENT|DEADLINE_EXCEEDED|NOT_FOUND|ALREADY_EXISTS|PERMISSION_DENIED|"
+    "RESOURCE_EXHAUSTED|FAILED_PRECONDITION|ABORTED|OUT_OF_RANGE|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|"
+    "DATA_LOSS|UNAUTHENTICATED): "
+)
 
 _core.set_jax(*_jax.call_path())
 
@@ -89,7 +94,7 @@ class Jitted(_core.Dispatcher):
         static = [options.pop(f"static_{kind}", None) for kind in ("argnums", "argnames")]
         donated = [options.pop(f"donate_{kind}", None) for kind in ("argnums", "argnames")]
         argnums, argnames = _jax.infer_static(fun, *static)
-        super().__init__(_hoist.NotHoistableError, list(argnums), tuple(argnames))
+        super().__init__((_hoist.NotHoistableError, NeedsPureError), list(argnums), tuple(argnames))
         self._static_argnums = argnums
         self._donated = _jax.infer_static(fun, *donated)
         self._fun = fun
@@ -144,7 +149,7 @@ class Jitted(_core.Dispatcher):
             ) from error
         if type(error) is ValueError and _XLA_ERROR.match(message):
             raise jax.errors.JaxRuntimeError(message) from error  # as JAX's Python dispatch does
-        if type(error) is ValueError and "incompatible devices" in message:
+        if type(error) is ValueError and message.startswith("Received incompatible devices"):
             raise RuntimeError(
                 "storax.jit: a state that the program works on in place lives on another device than "
                 "its arguments. A state lives where it was first set: run the program there, or use one "
@@ -171,7 +176,7 @@ class Jitted(_core.Dispatcher):
         static = set(self._static_positions(len(args)))
         kept = [None if i in static else x for i, x in enumerate(args)]
         options = dict(self._options)
-        nums = {i % len(args) if args else i for i in self._donated[0]}
+        nums = {i % len(args) for i in self._donated[0] if -len(args) <= i < len(args)}
         names = self._donated[1]
         marks = [
             *(jax.tree.map(lambda _, i=i: i in nums, x) for i, x in enumerate(kept)),

@@ -70,7 +70,7 @@ def lend(slot: Any, sharding: Any = None) -> bool:
     version, ordinal = slot.version, slot.device
     device = _jax.local_device(ordinal)
     one = jax.sharding.SingleDeviceSharding(device) if _jax.is_committed(device) else None
-    with _jax.eval_now():
+    with _jax.eval_off_mesh():
         # Programs write in these in place: they must be XLA's own, and nobody else's.
         leaves = [
             _make_empty(shape, kind.stored, one)()
@@ -85,7 +85,7 @@ def lend(slot: Any, sharding: Any = None) -> bool:
 
 def read(slot: Any, type_id: int) -> list[Any] | None:
     """A copy of a lent state, laid out as this type; None if it is not lent."""
-    with _core.LoanLock([slot]), _jax.eval_now():
+    with _core.LoanLock([slot]), _jax.eval_off_mesh():
         leaves = _core.loan(slot)
         if leaves is None:
             return None
@@ -104,7 +104,7 @@ def read(slot: Any, type_id: int) -> list[Any] | None:
 
 def write(slot: Any, type_id: int, leaves: Sequence[Any], masks: Sequence[Any] | None) -> bool:
     """Replaces a lent state, where the masks are true if there are any. False if it is not lent."""
-    with _core.LoanLock([slot]), _jax.eval_now():
+    with _core.LoanLock([slot]), _jax.eval_off_mesh():
         old = _core.loan(slot)
         if old is None:
             return False
@@ -132,7 +132,7 @@ def write(slot: Any, type_id: int, leaves: Sequence[Any], masks: Sequence[Any] |
 
 def set_spread(slot: Any, type_id: int, leaves: Sequence[Any]) -> None:
     """Makes arrays that are spread over several devices, or not on a CPU, the state."""
-    with _core.LoanLock([slot]), _jax.eval_now():
+    with _core.LoanLock([slot]), _jax.eval_off_mesh():
         if slot.is_pinned:
             raise NotImplementedError(
                 f"storax.set_state of {slot.name}: the arrays lie on several devices, or not on a CPU, "
@@ -150,7 +150,7 @@ def set_spread(slot: Any, type_id: int, leaves: Sequence[Any]) -> None:
 
 def recall(slot: Any, op: str) -> None:
     """Brings a state back into the store's memory, for programs that need it in place."""
-    with _core.LoanLock([slot]), _jax.eval_now():
+    with _core.LoanLock([slot]), _jax.eval_off_mesh():
         leaves = _core.loan(slot)
         if leaves is None:
             return

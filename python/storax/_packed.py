@@ -48,6 +48,11 @@ def _(*others_and_leaves, slots, after):
 
 def _lower(ctx: Any, target: str, op: str, operands: Any, avals_in: Any, slots: Any) -> list[Any]:
     devices, auto_axes = _jax.module_devices(ctx)
+    if _jax.is_export(ctx):
+        raise NotImplementedError(
+            "storax.jit: a program for `jax.export` has to be in the pure form, as the process that runs "
+            "it has no such states: `storax.jit(f, pack=False)`. It takes and returns them."
+        )
     if devices not in (None, 1) or auto_axes or _jax.platforms(ctx) != ("cpu",):
         raise NeedsPureError
     _store.register_handlers()

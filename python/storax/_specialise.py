@@ -114,7 +114,7 @@ class Specialised:
         return jax.jit(named, **{**self._options, **changes})
 
     def trace(self, arrays: Sequence[Any], with_jaxpr: bool) -> Trace:
-        key = tuple(jax.typeof(x) for x in arrays)
+        key = _jax.configuration(), *(jax.typeof(x) for x in arrays)
         trace = self._traces.get(key)
         if trace is not None and (trace.jaxpr is not None or not with_jaxpr):
             return trace
@@ -192,7 +192,7 @@ class Specialised:
     def compiled(self, placement: Placement) -> Any:
         made = self._compiled.get(placement.key)
         if made is None:
-            made = self._compiled[placement.key] = self._make(placement)
+            made = self._compiled.setdefault(placement.key, self._make(placement))
         return made
 
     def _make(self, placement: Placement) -> Callable[..., Any]:
@@ -227,11 +227,14 @@ class Specialised:
     def _hoisted(self, placement: Placement, lent: dict[int, Any], arrays: Sequence[Any]) -> Any:
         if jax.config.jax_disable_jit:
             raise NotHoistableError("jit is disabled")
-        trace = self.trace(arrays, with_jaxpr=True)
+        jaxpr = None
+        while jaxpr is None:  # another thread may have taken it
+            trace = self.trace(arrays, with_jaxpr=True)
+            jaxpr = trace.jaxpr
         now, uses = self.place(trace), trace.uses
         if isinstance(uses, NotHoistableError) or now.key != placement.key:
             raise NotHoistableError("storax: other states than those of the program.")
-        jaxpr, trace.jaxpr = trace.jaxpr, None
+        trace.jaxpr = None
         state = {slot_id: list(leaves) for slot_id, leaves in lent.items()}
         others: list[Any] = []
         if now.loaded:
@@ -328,6 +331,7 @@ class Specialised:
     ) -> tuple[Any, bool]:
         """Runs a program, and whether it may be run again just so. The caller holds the LoanLock."""
         slots = {s: _core.share_slot(s) for s in (*placement.lent, *placement.born)}
+        versions = {s: slots[s].version for s in borrowed}
 
         def leaves(slot_id):
             return tuple(borrowed[slot_id]) if slot_id in borrowed else _core.loan(slots[slot_id])
@@ -338,7 +342,14 @@ class Specialised:
                 tuple(leaves(s) for s in placement.donated),
                 tuple(leaves(s) for s in placement.read),
             )
-        result = call(*states, *arrays)
+        working = [slots[s] for s in placement.donated if s not in borrowed]
+        for slot in working:
+            _core.work(slot, 1)
+        try:
+            result = call(*states, *arrays)
+        finally:
+            for slot in working:
+                _core.work(slot, -1)
         if not placement.returns_states:
             return _core.restore(result), not borrowed
         new, result = result
@@ -348,7 +359,9 @@ class Specialised:
             slot = slots[slot_id]
             before = None if slot_id in placement.born else leaves(slot_id)
             if slot_id in borrowed:
-                _write_back(slot, types[slot_id], now)
+                # What another thread has set meanwhile stays: this program may have set nothing.
+                if slot.version == versions[slot_id]:
+                    _write_back(slot, types[slot_id], now)
             elif before is not None and [x.sharding for x in now] == [x.sharding for x in before]:
                 _core.replace_loan(slot, now)
             else:
@@ -415,7 +428,7 @@ class Specialised:
         for slot_id in {s for donated, *_ in self._compiled for s in donated}:
             try:
                 slot = _core.share_slot(slot_id)
-            except KeyError:
+            except RuntimeError:
                 continue
             with _core.LoanLock([slot]):
                 leaves = _core.loan(slot)

@@ -8,6 +8,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
+#include <chrono>
+#include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -109,26 +112,78 @@ class ArrayLoan final : public Loan {
 
 ArrayLoan* loan_of(Slot& slot) { return static_cast<ArrayLoan*>(slot.loan()); }
 
-// Holds the loan mutexes of some slots, in the order of their ids.
+[[noreturn]] void refuse_callback(Slot& slot) {
+  throw std::runtime_error(
+      "storax: a callback can't get or set " + slot.name() +
+      " while a program of `storax.jit` is working on this state in place. Pass the value to the "
+      "callback, or take it from its result; or use plain `jax.jit`.");
+}
+
+// Whether XLA made this thread, to run callbacks on, and not Python. The caller has the GIL.
+bool is_of_xla() {
+  const nb::module_ threading = nb::module_::import_("threading");
+  return nb::isinstance(threading.attr("current_thread")(), threading.attr("_DummyThread"));
+}
+
+// Holds the loan mutexes of some slots, in the order of their ids. Throws in a callback of a
+// program that works on one of them: it would wait for that program, which waits for it.
 class LoanLock {
  public:
   explicit LoanLock(std::vector<Slot*> slots) : slots_(std::move(slots)) {
     std::sort(slots_.begin(), slots_.end());
     slots_.erase(std::unique(slots_.begin(), slots_.end()), slots_.end());
-    for (Slot* slot : slots_) {
-      if (slot->loan_mutex().try_lock()) continue;
-      const nb::gil_scoped_release released;
-      slot->loan_mutex().lock();
+    for (; held_ < slots_.size(); ++held_) {
+      Slot& slot = *slots_[held_];
+      if (!take(slot)) {
+        release();
+        refuse_callback(slot);
+      }
+      if (slot.is_worked_on()) {
+        ++held_;
+        release();
+        refuse_callback(slot);
+      }
     }
   }
   LoanLock(const LoanLock&) = delete;
   LoanLock& operator=(const LoanLock&) = delete;
-  ~LoanLock() {
-    for (Slot* slot : slots_) slot->loan_mutex().unlock();
+  ~LoanLock() { release(); }
+
+ private:
+  // How long a callback waits for what may be another thread's program.
+  static constexpr std::chrono::seconds kPatience{3};
+
+  static bool take(Slot& slot) {
+    if (slot.loan_mutex().try_lock()) return true;
+    const bool may_be_a_callback = is_of_xla();
+    const nb::gil_scoped_release released;
+    if (may_be_a_callback) return slot.loan_mutex().try_lock_for(kPatience);
+    slot.loan_mutex().lock();
+    return true;
+  }
+
+  void release() noexcept {
+    while (held_ > 0) slots_[--held_]->loan_mutex().unlock();
+  }
+
+  std::vector<Slot*> slots_;
+  std::size_t held_ = 0;
+};
+
+// Says that a program works on these in place. The caller holds their mutexes.
+class Work {
+ public:
+  explicit Work(const std::vector<SlotRef>& slots) noexcept : slots_(slots) {
+    for (const SlotRef& slot : slots_) slot->work(1);
+  }
+  Work(const Work&) = delete;
+  Work& operator=(const Work&) = delete;
+  ~Work() {
+    for (const SlotRef& slot : slots_) slot->work(-1);
   }
 
  private:
-  std::vector<Slot*> slots_;
+  const std::vector<SlotRef>& slots_;
 };
 
 // The same as a context manager.
@@ -183,7 +238,11 @@ class Program {
     args[0] = donated.ptr();
     args[1] = read.ptr();
     std::copy(arrays, arrays + size, args.begin() + 2);
-    PyObject* result = PyObject_Vectorcall(call_.ptr(), args.data(), args.size(), nullptr);
+    PyObject* result = nullptr;
+    {
+      const Work work(donated_);
+      result = PyObject_Vectorcall(call_.ptr(), args.data(), args.size(), nullptr);
+    }
     return restored(donated_.size() > 0 ? take_result(nb::steal(result)) : result);
   }
 
@@ -197,7 +256,7 @@ class Program {
   static void share(const std::vector<nb::object>& slots, std::vector<SlotRef>* refs) {
     for (const nb::object& s : slots) {
       SlotRef ref = SlotRef::share(nb::cast<SlotRef&>(s).id());
-      if (!ref) throw nb::key_error("no live slot has this id");
+      if (!ref) throw std::runtime_error("storax: a StateIndex is gone");
       refs->push_back(std::move(ref));
     }
   }
@@ -348,8 +407,8 @@ class Dispatcher {
   }
 
   Call split(PyObject* args, PyObject* kwargs) {
-    nb::list statics;  // with their types: True is not 1
-    nb::list whole;    // arguments that are static as a whole
+    nb::list statics;
+    nb::list whole;  // arguments that are static as a whole
     nb::object positional = nb::borrow(args);
     nb::object named = kwargs == nullptr ? nb::object(nb::dict()) : nb::borrow<nb::object>(kwargs);
     if (has_static_) take_static(&positional, &named, &whole);
@@ -381,14 +440,24 @@ class Dispatcher {
     }
     nb::list key;
     key.append(found.treedef);
-    for (const nb::list& values : {statics, whole}) {
-      for (nb::handle value : values) {
-        key.append(value);
-        key.append(value.type());
-      }
+    for (nb::handle value : statics) append_to_key(&key, value);
+    for (nb::handle pair : whole) {
+      key.append(pair[0]);
+      append_to_key(&key, pair[1]);
     }
     found.key = nb::tuple(key);
     return found;
+  }
+
+  // With its type, as True is not 1; and a float by its bits, as -0.0 is not 0.0, and NaN is
+  // itself.
+  static void append_to_key(nb::list* key, nb::handle value) {
+    if (PyFloat_CheckExact(value.ptr())) {
+      key->append(std::bit_cast<std::int64_t>(PyFloat_AS_DOUBLE(value.ptr())));
+    } else {
+      key->append(value);
+    }
+    key->append(value.type());
   }
 
   // Moves static arguments to `whole`, and leaves None in their place.
@@ -412,7 +481,7 @@ class Dispatcher {
     *named = kwargs;
   }
 
-  nb::object retry_;  // the type of error by which a program says that it cannot run as it is
+  nb::object retry_;  // the types of errors by which a program says that it cannot run as it is
   std::vector<Py_ssize_t> static_argnums_;
   nb::object static_argnames_;
   bool has_static_;
@@ -485,6 +554,9 @@ void bind_jit(nb::module_& m) {
       .def("_add", &Dispatcher::add, "key"_a, "program"_a)
       .def("_clear", &Dispatcher::clear);
 
+  m.def(
+      "work", [](const SlotRef& slot, std::int64_t n) { slot->work(n); }, "slot"_a, "n"_a,
+      "Says that `n` more programs work on the lent state in place.");
   nb::class_<LoanLockContext>(m, "LoanLock", "Holds the loan mutexes of slots.")
       .def(nb::init<const std::vector<nb::object>&>(), "slots"_a)
       .def("__enter__", &LoanLockContext::enter)
@@ -517,7 +589,9 @@ void bind_jit(nb::module_& m) {
   m.def(
       "replace_loan",
       [](const SlotRef& slot, nb::tuple leaves) {
-        loan_of(*slot)->replace(std::move(leaves));
+        ArrayLoan* loan = loan_of(*slot);
+        if (loan == nullptr) throw std::runtime_error("storax: nothing is lent");
+        loan->replace(std::move(leaves));
         slot->count_lent_set();
       },
       "slot"_a, "leaves"_a, "Makes these arrays the lent state instead.");

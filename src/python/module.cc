@@ -356,10 +356,16 @@ NB_MODULE(_core, m) {
       "share_slot",
       [](SlotId id) {
         SlotRef slot = SlotRef::share(id);
-        if (!slot) throw nb::key_error("no live slot has this id");
+        if (!slot) {
+          throw std::runtime_error(
+              "storax: a StateIndex that a program uses is gone. It was made inside of a function "
+              "that "
+              "JAX traced, and lived no longer than that: make it outside, and pass it in or close "
+              "over it.");
+        }
         return slot;
       },
-      "id"_a, "The live slot of that id. KeyError if it is gone.");
+      "id"_a, "The live slot of that id. RuntimeError if it is gone.");
   m.def("intern_type", &make_type, "leaves"_a, "structure"_a, "structure_text"_a, "levels"_a,
         "mesh"_a,
         "The id of a type. leaves: (dtype, bytes per element, dims); levels: (axis per leaf or -1, "

@@ -279,3 +279,85 @@ def test_results_that_are_not_finite_are_found(jit):
         f(jnp.float32(-1))
     f(jnp.float32(1))
     assert state() >= 2
+
+
+def test_static_arguments_are_told_apart_by_type():
+    for how in ({"static_argnums": 1}, {"static_argnames": "n"}, {}):
+        f = storax.jit(lambda x, n: x * n if n is not True else x - 1, **how)
+        x = jnp.int32(3)
+        assert [f(x, n=n).item() for n in (2, 2.0, 1, True, 1.0)] == [6, 6.0, 3, 2, 3.0]
+        assert f(x, n=2).dtype == jnp.int32 and f(x, n=2.0).dtype == jnp.float32
+
+
+def test_static_floats_are_told_apart_by_their_bits():
+    traced = []
+
+    @storax.jit
+    def f(x, n):
+        traced.append(n)
+        return x / n
+
+    assert [f(jnp.float32(1), n).item() for n in (0.0, -0.0)] == [np.inf, -np.inf]
+    for _ in range(3):
+        f(jnp.float32(1), float("nan"))
+    assert len(traced) == 3
+
+
+def test_donated_is_what_is_given():
+    def f(params, batch=None):
+        return params if batch is None else params + batch
+
+    f = storax.jit(f, donate_argnums=1)
+    params, batch = jnp.ones(3), jnp.ones(3)
+    f(params)
+    f(params, batch=batch)
+    assert not params.is_deleted()
+    f(params, jnp.ones(3))
+    assert not params.is_deleted()
+
+
+def test_a_change_of_the_configuration():
+    """After a call that ran as plain jit, too, as its state was not there yet."""
+    index = storax.StateIndex()
+
+    def g(a):
+        jax.lax.cond(a.sum() > 0, lambda: storax.set_state(index, a), lambda: None)
+        return a @ a
+
+    g = storax.jit(g)
+    a = jnp.ones((2, 2))
+    g(a)
+    with jax.default_matmul_precision("highest"):
+        assert "HIGHEST" in g.lower(a).as_text()
+    assert "HIGHEST" not in g.lower(a).as_text()
+
+
+def test_what_is_wrong_with_the_function_is_raised_as_it_is():
+    _, count, _ = counter()
+
+    def f(text):
+        count()
+        raise ValueError(text)
+
+    for text in ("CONFIG: bad", "incompatible devices in my list"):
+        with pytest.raises(ValueError, match=text) as raised:
+            storax.jit(f)(text)
+        assert raised.type is ValueError
+
+
+def test_an_index_made_inside():
+    @storax.jit
+    def f(x):
+        storax.set_state(storax.StateIndex(), x)
+        return x
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="made inside of a function that JAX traced"):
+            f(jnp.float32(1))
+
+
+def test_shapes_of_results_that_are_no_arrays():
+    _, count, _ = counter()
+    f = storax.jit(lambda x: ("name", x + count(), None))
+    for shapes in (f.eval_shape(jnp.float32(0)), f.lower(jnp.float32(0)).out_info):
+        assert shapes[0] == "name" and shapes[1].shape == () and shapes[2] is None

@@ -1,5 +1,6 @@
 """States that are spread over several devices."""
 
+import contextlib
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import storax
+from jit.counting import counter
 
 
 def mesh_of(kind):
@@ -67,6 +69,40 @@ def test_a_state_set_before_on_one_device_is_replicated(mesh):
     assert storax.get_state(index, jnp.float32(0)) == 3
     storax.set_state(index, jnp.float32(7))
     np.testing.assert_array_equal(f(xs), 8 * np.ones(8))
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+def test_one_device_first_and_then_several(mesh, set_mesh):
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(0))
+
+    @storax.jit
+    def f(x):
+        n = storax.get_state(index, jnp.float32(0)) + 1
+        storax.set_state(index, n)
+        return x * n
+
+    x = jnp.arange(4.0)
+    np.testing.assert_array_equal(f(x), x)
+    np.testing.assert_array_equal(f(x), 2 * x)
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        xs = put(x, mesh, "i")
+        np.testing.assert_array_equal(f(xs), 3 * x)
+        np.testing.assert_array_equal(f(xs), 4 * x)
+        assert storax.get_state(index, jnp.float32(0)) == 4
+    with pytest.raises(NotImplementedError, match="Leave `pack` out"):
+        storax.jit(f.__wrapped__, pack=True)(xs)
+
+
+@pytest.mark.parametrize("size", [None, 20_000])
+def test_a_state_set_before_under_set_mesh(mesh, size):
+    _, count, state = counter(0, size)
+    f = storax.jit(lambda x: x + count().sum() / (size or 1))
+    with jax.set_mesh(mesh):
+        xs = put(jnp.zeros(4), mesh, "i")
+        for k in range(1, 4):
+            np.testing.assert_array_equal(f(xs), k)
+        assert state() == 3
 
 
 def test_first_set_inside(mesh):

@@ -232,6 +232,12 @@ def test_a_compiled_program_whose_large_state_is_lost():
     assert compiled() == 2
 
 
+def test_export_of_the_packed_form_says_what_to_do():
+    _, count, _ = counter()
+    with pytest.raises(NotImplementedError, match="pack=False"):
+        jax.export.export(storax.jit(lambda: count()))()
+
+
 def test_trace_and_eval_shape():
     _, count, state = counter()
     f = storax.jit(lambda x: (x + count(), x.astype(jnp.int32)))

@@ -1,6 +1,7 @@
 """storax.jit called from many threads at once."""
 
 import os
+import sys
 import threading
 
 import jax
@@ -124,6 +125,19 @@ def test_one_function_traced_in_many_threads():
 
     in_threads(work)
     assert 1 <= state() <= THREADS * 19
+
+
+def test_first_calls_of_one_function_at_once():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            _, count, state = counter()
+            f = storax.jit(lambda count=count: count())
+            in_threads(lambda k, f=f: f() if k % 2 else f.lower())
+            assert 1 <= state() <= THREADS
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # Where a set may or may not run, as a flag says.

@@ -668,7 +668,7 @@ MUTANTS = [
         "shardings of states are left to XLA",
         "_specialise.py",
         "states = [*placement.shardings, *[None] * len(placement.born)]",
-        "states = [None] * len((*placement.shardings, *placement.born))",
+        "states = [None] * len((*placement.donated, *placement.born))",
         "jit/meshes",
     ),
     Mutant(

@@ -1,6 +1,7 @@
 """What becomes of states when a program under storax.jit fails."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,50 @@ def test_error_of_the_call_names_exactly_what_is_lost():
         messages.append(str(e))
     assert any("lost one" in m and "is lost" in m for m in messages), messages
     assert not any("other one" in m for m in messages)
+
+
+def test_an_error_at_the_call_says_what_is_lost():
+    index, count, _ = counter(1, 20_000)
+    f = storax.jit(lambda x, when: count()[0] + failing(x, when))
+    for compiled in (False, True):
+        if compiled:  # and called by the C++ path
+            storax.set_state(index, jnp.zeros(20_000))
+            f(jnp.float32(1), jnp.array(False))
+        with pytest.raises(RuntimeError) as raised:
+            out = f(jnp.float32(1), jnp.array(True))
+            jax.block_until_ready(out)
+        at_the_call = str(raised.traceback[0].statement).lstrip().startswith("out =")
+        assert not at_the_call or "is lost: StateIndex 'counter'. Set it again." in str(
+            raised.value
+        )
+
+
+def test_the_store_comes_after_what_may_fail_and_after_ordered_effects():
+    """Even where no value leads from there to what is stored."""
+    _, count, _ = counter(1)
+
+    def operands(f, *args):
+        text = storax.jit(f).lower(*args).as_text()
+        (call,) = re.findall(r"@storax.store_states.*? : \((.*?)\) ->", text)
+        return call.split(", ")
+
+    x, when = jnp.float32(1), jnp.array(True)
+    plain = operands(lambda: count())
+    assert plain == ["tensor<i32>", "tensor<f32>"]
+
+    def unused(x, when):
+        failing(jnp.stack([x, x]), when)
+        return count()
+
+    assert "tensor<2xf32>" in operands(unused, x, when)
+    in_loop = lambda x, when: jax.lax.map(lambda y: failing(y, when), jnp.stack([x, x])) + count()
+    assert "tensor<2xf32>" in operands(in_loop, x, when)
+
+    def ordered(x):
+        jax.debug.callback(print, x, ordered=True)
+        return count()
+
+    assert "!stablehlo.token" in operands(ordered, x)
 
 
 def test_without_donation_large_states_stay():

@@ -256,6 +256,25 @@ def test_large_state_in_place(mesh):
     assert before == after
 
 
+def test_a_replicated_set_does_not_change_the_sharding():
+    mesh = mesh_of(AxisType.Auto)
+    index = storax.StateIndex()
+    x = put(jnp.arange(8.0), mesh, "i")
+    storax.set_state(index, x)
+
+    @storax.jit
+    def f(x):
+        mean = jax.lax.with_sharding_constraint(x.mean(), NamedSharding(mesh, P()))
+        whole = jnp.full(8, mean)
+        storax.set_state(index, jax.lax.with_sharding_constraint(whole, NamedSharding(mesh, P())))
+
+    for _ in range(2):
+        f(x)
+        state = storax.get_state(index, x)
+        np.testing.assert_array_equal(state, np.full(8, 3.5))
+        assert state.sharding.is_equivalent_to(x.sharding, 1)
+
+
 def test_shard_map_in_storax_jit(mesh):
     index = storax.StateIndex()
 

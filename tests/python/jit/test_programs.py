@@ -238,6 +238,18 @@ def test_export_of_the_packed_form_says_what_to_do():
         jax.export.export(storax.jit(lambda: count()))()
 
 
+def test_a_large_state_that_is_set_and_not_read_is_worked_on_in_place():
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.zeros(20_000))
+    address = lambda: _core.loan(index._slot.core)[0].unsafe_buffer_pointer()
+    f = storax.jit(lambda x: storax.set_state(index, x + jnp.zeros(20_000)))
+    f(jnp.float32(1))
+    before = address()
+    f(jnp.float32(2))
+    assert address() == before
+    assert storax.get_state(index, jnp.zeros(20_000))[0] == 2
+
+
 def test_trace_and_eval_shape():
     _, count, state = counter()
     f = storax.jit(lambda x: (x + count(), x.astype(jnp.int32)))

@@ -31,7 +31,16 @@ MUTANTS = [
     _without(
         "delay of the fast path", "_jax.py", '    ("jit", _delay_fast_path),\n', "errors failures"
     ),
-    _without("calls kept", "_jax.py", '    ("jit", _keep_calls),\n', "control_flow", (0, 11)),
+    _without(
+        "calls kept", "_jax.py", '    ("jit", _compile_with_care),\n', "control_flow", (0, 11)
+    ),
+    Mutant(
+        "a single result is left to XLA",
+        "_jax.py",
+        "            _keep_single_result(hlo)",
+        "            pass",
+        "control_flow",
+    ),
     Mutant(
         "the token is the executable's",
         "_jax.py",

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import re
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._core import passes_fence
+from ._core import Pin, passes_fence
 
 
 class _Missing:
@@ -888,27 +889,83 @@ def _delay_fast_path() -> None:
     _pjit._need_to_rebuild_with_fdo = rebuild_if_unsafe
 
 
-def _keep_calls() -> None:
-    """XLA's nullary-function-wrap-inliner (since jaxlib 0.11) aborts on calls whose operands are all tokens.
+def _compile_with_care() -> None:
+    """What XLA gets wrong in programs with state.
 
-    It gives the inlined constants control dependencies, which a later pass refuses to remove.
-    Without that pass the ordinary inliner does the work.
+    Its nullary-function-wrap-inliner (since jaxlib 0.11) aborts on calls whose operands are all tokens:
+    it gives the inlined constants control dependencies, which a later pass refuses to remove. Without
+    that pass the ordinary inliner does the work.
     """
-    if VERSION < (0, 11):
-        return
     from_hlo = _pxla.UnloadedMeshExecutable.from_hlo
     name, flag = "nullary-function-wrap-inliner", "xla_disable_hlo_passes"
 
-    def from_hlo_with_state(*args, keepalive, compiler_options_kvs, **kwargs):
-        if any(hasattr(k, "cannot_fail") for k in keepalive or ()):
+    def from_hlo_with_state(hlo_name, hlo, *args, keepalive, compiler_options_kvs, **kwargs):
+        kept = keepalive or ()
+        if any(isinstance(k, Pin) or hasattr(k, "cannot_fail") for k in kept):
+            _keep_single_result(hlo)
+        if VERSION >= (0, 11) and any(hasattr(k, "cannot_fail") for k in kept):
             options = dict(compiler_options_kvs)
             options[flag] = ",".join(filter(None, [options.get(flag), name]))
             compiler_options_kvs = tuple(options.items())
         return from_hlo(
-            *args, keepalive=keepalive, compiler_options_kvs=compiler_options_kvs, **kwargs
+            hlo_name,
+            hlo,
+            *args,
+            keepalive=keepalive,
+            compiler_options_kvs=compiler_options_kvs,
+            **kwargs,
         )
 
     _pxla.UnloadedMeshExecutable.from_hlo = staticmethod(from_hlo_with_state)
+
+
+COPY = "storax.copy"
+
+
+def _keep_single_result(module: Any) -> None:
+    """Has a program return a copy, if it has a single result and a conditional.
+
+    If that result is also what a loop inside of the conditional starts from, XLA (jaxlib 0.10 to 0.12)
+    lets the loop work on it in place: nothing but the program's end is left to use it, which XLA
+    forgets. Without side effects such a conditional would not be there any more.
+    """
+    (main,) = (
+        op for op in module.body if getattr(op, "sym_name", None) and op.sym_name.value == "main"
+    )
+    last = list(main.regions[0].blocks[0])[-1]
+    if len(last.operands) != 1:
+        return
+    ir, (result,) = _mlir.ir, last.operands
+    try:
+        shaped = ir.RankedTensorType(result.type)
+    except ValueError:
+        return  # a token
+    element = str(shaped.element_type)
+    bits = re.match(r"(?:ui|i|f)(\d+)", element)
+    if bits and int(bits[1]) < 8 and element != "i1":
+        return  # XLA tells a handler a wrong size for such arrays
+    found = []
+
+    def look(op):
+        if op.name in ("stablehlo.case", "stablehlo.if"):
+            found.append(op)
+            return ir.WalkResult.INTERRUPT
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(look)
+    if not found:
+        return
+    layout = list(range(shaped.rank))[::-1]
+    with module.context, ir.Location.unknown(), ir.InsertionPoint(last):
+        copy = _mlir.custom_call(
+            COPY,
+            result_types=[result.type],
+            operands=[result],
+            backend_config={},
+            operand_layouts=[layout],
+            result_layouts=[layout],
+        )
+        last.operands[0] = copy.results[0]
 
 
 # Each patch, and which of our features needs it.
@@ -919,7 +976,7 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("grad", _keep_state_in_while),
     ("vmap", _mark_rules_of_parted_lanes),
     ("jit", _delay_fast_path),
-    ("jit", _keep_calls),
+    ("jit", _compile_with_care),
 )
 
 

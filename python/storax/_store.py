@@ -77,6 +77,7 @@ def register_handlers() -> None:
         stages = {"instantiate": handlers[made], "execute": handlers[handler]}
         jax.ffi.register_ffi_target(target, stages, platform="cpu")
     jax.ffi.register_ffi_target(_jax.FENCE, handlers["fence"], platform="cpu")
+    jax.ffi.register_ffi_target(_jax.COPY, handlers["copy"], platform="cpu")
     # A failure that JAX itself has raised need not be raised again.
     _jax.on_runtime_error(_told)
     atexit.register(_report_at_exit)

@@ -1,5 +1,6 @@
 #include <array>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <span>
@@ -179,6 +180,13 @@ xf::Error fence() {
   return xf::Error::Success();
 }
 
+xf::Error copy(xf::AnyBuffer from, xf::Result<xf::AnyBuffer> to) {
+  if (from.size_bytes() > 0) {
+    std::memcpy(to->untyped_data(), from.untyped_data(), from.size_bytes());
+  }
+  return xf::Error::Success();
+}
+
 xf::Error nothing(xf::RemainingArgs, xf::RemainingRets) { return xf::Error::Success(); }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate,
@@ -198,6 +206,7 @@ XLA_FFI_DEFINE_HANDLER(kGetRow, get_row, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetRow, set_row, bind_state());
 XLA_FFI_DEFINE_HANDLER(kSetRowMasked, set_row_masked, bind_state());
 XLA_FFI_DEFINE_HANDLER(kFence, fence, xf::Ffi::Bind());
+XLA_FFI_DEFINE_HANDLER(kCopy, copy, xf::Ffi::Bind().Arg<xf::AnyBuffer>().Ret<xf::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER(kNothing, nothing, xf::Ffi::Bind().RemainingArgs().RemainingRets());
 
 // The short way, for operations that succeed. Whatever else comes is left to the typed handlers: a
@@ -250,9 +259,9 @@ std::int64_t process_nonce() noexcept {
 std::uint64_t fences_on_this_thread() noexcept { return fences; }
 
 const CpuHandlers& cpu_handlers() noexcept {
-  static const CpuHandlers handlers{kInstantiate, quick_get,  quick_set,     kSetMasked,
-                                    kGetRow,      kSetRow,    kSetRowMasked, kFence,
-                                    kNothing,     &Share::id, &share_info};
+  static const CpuHandlers handlers{kInstantiate, quick_get, quick_set,     kSetMasked,
+                                    kGetRow,      kSetRow,   kSetRowMasked, kFence,
+                                    kCopy,        kNothing,  &Share::id,    &share_info};
   return handlers;
 }
 

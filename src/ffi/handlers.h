@@ -30,6 +30,7 @@ struct CpuHandlers {
   XLA_FFI_Handler* set_row;
   XLA_FFI_Handler* set_row_masked;
   XLA_FFI_Handler* fence;    // counts itself; no attributes, operands or results
+  XLA_FFI_Handler* copy;     // (x) -> (x), of a dtype of whole bytes; no attributes
   XLA_FFI_Handler* nothing;  // does nothing: what an ordered call costs at least
   XLA_FFI_TypeId* share_type_id;
   XLA_FFI_TypeInfo* share_type_info;

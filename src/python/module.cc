@@ -241,6 +241,7 @@ nb::dict handler_capsules() {
   capsules["set_row"] = handler_capsule(h.set_row);
   capsules["set_row_masked"] = handler_capsule(h.set_row_masked);
   capsules["fence"] = handler_capsule(h.fence);
+  capsules["copy"] = handler_capsule(h.copy);
   capsules["nothing"] = handler_capsule(h.nothing);
   const ffi::PackedHandlers& packed = ffi::cpu_packed_handlers();
   capsules["instantiate_packed"] = handler_capsule(packed.instantiate);

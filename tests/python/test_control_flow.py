@@ -203,3 +203,45 @@ def test_eager_results_do_not_alias(index):
     jax.jit(lambda x: (storax.set_state(index, x), x + 1)[1], donate_argnums=0)(jnp.zeros(1000))
     np.testing.assert_array_equal(held, host)
     assert (storax.get_state(index, host + jnp.zeros(1000)) == 0).all()
+
+
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit], ids=["jit", "ours"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "bool", "complex64"])
+def test_a_single_result_that_a_loop_in_a_branch_starts_from(jit, dtype):
+    """XLA let the loop work on it in place."""
+    index = storax.StateIndex()
+    start = jnp.array([0, 1, 1], dtype)
+    storax.set_state(index, start)
+
+    @jit
+    def f(x):
+        first = storax.get_state(index, start)[0]
+
+        def loop():
+            def body(c):
+                k, value = c
+                storax.set_state(index, jnp.stack([value, value, value]))
+                return k + 1, jnp.ones((), dtype)
+
+            lax.while_loop(lambda c: c[0] < 2, body, (0, first))
+
+        lax.cond(x > 1, loop, lambda: None)
+        return first
+
+    assert f(jnp.float32(2)) == 0
+    np.testing.assert_array_equal(storax.get_state(index, start), [1, 1, 1])
+    assert f(jnp.float32(0)) == 1
+
+
+def test_a_program_whose_only_result_is_a_token():
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(0))
+
+    @jax.jit
+    def f(x):
+        jax.debug.callback(lambda x: None, x, ordered=True)
+        lax.cond(x > 0, lambda: storax.set_state(index, x), lambda: None)
+
+    f(jnp.float32(3))
+    jax.effects_barrier()
+    assert storax.get_state(index, jnp.float32(0)) == 3

@@ -173,6 +173,37 @@ FOUND = {
             )
         ]
     ),
+    # XLA let the loop work in place on what the program returned.
+    "a loop in a branch that starts from the result": Program(
+        (Slot("s", False, (), 0, True),),
+        (3, 0, 0),
+        Block(
+            (
+                Get("v", "s"),
+                Branch(
+                    "cond",
+                    Less(Const(1), X),
+                    (),
+                    (
+                        Block((), ()),
+                        Block(
+                            (
+                                While(
+                                    1,
+                                    Block((), (Const(1),)),
+                                    (Carry("c", Const(1), True), Carry("d", STATE, False)),
+                                    (Binding("e", True), Binding("f", False)),
+                                    Block((Set("s", Var("c"), False),), (Var("d"), Const(1))),
+                                ),
+                            ),
+                            (),
+                        ),
+                    ),
+                ),
+            ),
+            (STATE,),
+        ),
+    ),
     # Without jit JAX staged what the condition does, found out that it is not concrete, and staged it
     # again as a loop.
     "a condition that sets state, staged without jit": in_lanes(

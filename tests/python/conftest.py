@@ -47,6 +47,9 @@ _OF_PLAIN_JIT = {
     "test_one_wait_for_each_flattening": "a state on loan is a future, and no program names it",
     "test_at_the_next_eager_operation": "a state on loan is a future, and no program names it",
     "test_another_device": "it is JAX that says so where a state is an argument",
+    "test_plain_jit_says_what_to_do": "storax.jit runs over several devices",
+    "kept_after_a_failure": "a failed call of storax.jit changes no small state",
+    "test_random_programs.py": "runs programs in each form, and under plain jit, by itself",
     "test_export": "says that plain jit's custom calls can't be exported",
 }
 
@@ -54,7 +57,7 @@ _OF_PLAIN_JIT = {
 def pytest_collection_modifyitems(items):
     for item in items if _FORM else ():
         for name, reason in _OF_PLAIN_JIT.items():
-            if name in item.name:
+            if name in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -55,7 +55,7 @@ class Traced(_Wrapper):
                 try:
                     self._specialised.place(self._trace)
                 except NotHoistableError as reason:
-                    raise reason.error(str(reason)) from None
+                    raise reason.as_error() from None
             raise
         return Lowered(lowered, self._jitted, self._key, self._specialised, self._placement)
 

@@ -41,12 +41,15 @@ def flag_of(slot: int) -> int:
 class NotHoistableError(Exception):
     """The program has to run as plain `jax.jit` runs it, which raises whatever is wrong with it.
 
-    Where plain `jax.jit` can't run it either, this is what to raise: its text, as an `error`.
+    Where plain `jax.jit` can't run it either, `as_error()` is what to raise.
     """
 
     def __init__(self, text: str, error: type[Exception] = NotImplementedError):
         super().__init__(text)
-        self.error = error
+        self._error = error
+
+    def as_error(self) -> Exception:
+        return self._error(str(self))
 
 
 # --- What a program does ---------------------------------------------------------------------------

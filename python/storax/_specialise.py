@@ -290,7 +290,7 @@ class Specialised:
             return self.plain(*arrays)
         except NotImplementedError as error:
             if needs_hoisting(error):
-                raise reason.error(str(reason)) from None
+                raise reason.as_error() from None
             raise
 
     def _publish(self, call: Any, placement: Placement, publish: Callable[[Any], None]) -> None:

@@ -43,7 +43,8 @@ std::uint64_t fences_on_this_thread() noexcept;
 // Hoisted programs load the states of many slots by one call, and store them by another. The
 // attribute `states` is an array of i64: process_nonce(), then slot id and type id of each.
 //   load:  () -> (s32, leaf...)       leaves in the order of the slots
-//   store: (any..., leaf...) -> ()    nothing is stored unless all can be
+//   store: (any..., [pred] leaf...) -> ()    nothing is stored unless all can be
+// In store a type id is negative where a pred, before the leaves, says whether the slot was set.
 // The s32 is 0: as an operand of store, which does not look at it, it orders that after the load.
 // So do further operands for what else has to be over before.
 struct PackedHandlers {

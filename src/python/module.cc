@@ -360,9 +360,8 @@ NB_MODULE(_core, m) {
         if (!slot) {
           throw std::runtime_error(
               "storax: a StateIndex that a program uses is gone. It was made inside of a function "
-              "that "
-              "JAX traced, and lived no longer than that: make it outside, and pass it in or close "
-              "over it.");
+              "that JAX traced, and lived no longer than that: make it outside, and pass it in or "
+              "close over it.");
         }
         return slot;
       },

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 import storax
-from jit.counting import counter
+from jit.counting import counter, counting_lanes
 
 GPUS = [d for d in jax.devices() if d.platform == "gpu"]
 pytestmark = pytest.mark.skipif(not GPUS, reason="there is no GPU, or JAX_PLATFORMS leaves it out")
@@ -116,14 +116,7 @@ def test_masked():
     xs = jnp.arange(6.0)
     storax.jit(jax.vmap(lambda x: storax.set_state(index, x)))(xs)
 
-    def add(x):
-        storax.set_state(index, storax.get_state(index, 0 * x) + 1)
-        return x + 1
-
-    def program(x):
-        x = lax.while_loop(lambda x: x < 2, add, x)
-        return lax.cond(x > 3, add, lambda x: x, x)
-
+    program = counting_lanes(index)
     out = storax.jit(jax.vmap(program))(xs)
     state = jax.vmap(lambda x: storax.get_state(index, x))(xs)
     np.testing.assert_array_equal(out, [2, 2, 2, 3, 5, 6])

@@ -73,15 +73,8 @@ def test_a_state_set_before_on_one_device_is_replicated(mesh):
 
 @pytest.mark.parametrize("set_mesh", [False, True])
 def test_one_device_first_and_then_several(mesh, set_mesh):
-    index = storax.StateIndex()
-    storax.set_state(index, jnp.float32(0))
-
-    @storax.jit
-    def f(x):
-        n = storax.get_state(index, jnp.float32(0)) + 1
-        storax.set_state(index, n)
-        return x * n
-
+    index, count, _ = counter()
+    f = storax.jit(lambda x: x * count())
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(f(x), x)
     np.testing.assert_array_equal(f(x), 2 * x)

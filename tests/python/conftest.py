@@ -50,6 +50,7 @@ _OF_PLAIN_JIT = {
     "test_plain_jit_says_what_to_do": "storax.jit runs over several devices",
     "kept_after_a_failure": "a failed call of storax.jit changes no small state",
     "test_random_programs.py": "runs programs in each form, and under plain jit, by itself",
+    "test_nesting.py": "runs nestings in each form, and under plain jit, by itself",
     "test_export": "says that plain jit's custom calls can't be exported",
 }
 

@@ -32,13 +32,10 @@ def measure(quick: bool, large: bool) -> Findings:
             found.leave_out(c.label, why)
         else:
             contenders.append(c)
-    for n in (1, 10) if quick else (1, 10, 100):
+    for n in (1, 10) if quick else (1, 10, 100, 1000):
         _measure(found, n, contenders, quick)
-    if not quick:
-        many = [c for c in contenders if c.many]
-        _measure(found, 1000, many, quick)
-        if large:  # where plain jit's calls take minutes to compile
-            _measure(found, 10_000, [c for c in many if c.key != "storax"], quick)
+    if large and not quick:
+        _measure(found, 10_000, [c for c in contenders if c.many], quick)
     return found
 
 
@@ -55,7 +52,7 @@ def _measure(found: Findings, n: int, contenders: Sequence[Contender], quick: bo
     counted = {key: _Counted(each) for key, each in slots.items()}
     for each in counted.values():
         each.check(calls=3)
-    rounds = 20 if quick else 300 if n < 1000 else 60
+    rounds = 20 if quick else 300 if n < 1000 else 60 if n == 1000 else 12
     samples = Clock(rounds, seconds=0.001).measure(
         {key: repeated(each) for key, each in counted.items()}
     )

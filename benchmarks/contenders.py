@@ -39,7 +39,7 @@ class Contender:
     label: str
     make: Callable[[int], Slots]
     needs: str | None  # as `module:name`
-    many: bool  # whether to try it with 1,000 slots
+    many: bool  # whether to try it with 10,000 slots too: others take minutes to compile
     everywhere: bool  # or on a CPU only
 
 
@@ -116,7 +116,7 @@ def with_storax(jit: Callable[[Step], Step], n: int) -> Slots:
     )
 
 
-@contender("storax", "storax, jax.jit", many=True, everywhere=False)
+@contender("storax", "storax, jax.jit", everywhere=False)
 def storax_jax_jit(n: int) -> Slots:
     return with_storax(jax.jit, n)
 
@@ -129,7 +129,7 @@ def storax_jit(n: int) -> Slots:
 # --- JAX ------------------------------------------------------------------------------------------
 
 
-@contender("ref", "jax.Ref, closed over", needs="jax:new_ref")
+@contender("ref", "jax.Ref, closed over", needs="jax:new_ref", many=True)
 def ref_closed_over(n: int) -> Slots:
     refs = [jax.new_ref(z) for z in zeros(n)]
 
@@ -142,7 +142,7 @@ def ref_closed_over(n: int) -> Slots:
     return Slots(step, lambda: [ref[...] for ref in refs])
 
 
-@contender("ref-passed", "jax.Ref, passed", needs="jax:new_ref")
+@contender("ref-passed", "jax.Ref, passed", needs="jax:new_ref", many=True)
 def ref_passed(n: int) -> Slots:
     refs = [jax.new_ref(z) for z in zeros(n)]
 
@@ -209,7 +209,7 @@ def with_equinox(jit: Callable[..., Any], n: int) -> Slots:
     return Slots(step, lambda: [state.get(index) for index in model.indices])
 
 
-@contender("eqx", "eqx.nn.State, eqx.filter_jit")
+@contender("eqx", "eqx.nn.State, eqx.filter_jit", many=True)
 def equinox_filter_jit(n: int) -> Slots:
     def jit(model):
         program = eqx.filter_jit(lambda x, model, state: model(x, state), donate="all-except-first")
@@ -218,7 +218,7 @@ def equinox_filter_jit(n: int) -> Slots:
     return with_equinox(jit, n)
 
 
-@contender("eqx-jax.jit", "eqx.nn.State, jax.jit")
+@contender("eqx-jax.jit", "eqx.nn.State, jax.jit", many=True)
 def equinox_jax_jit(n: int) -> Slots:
     return with_equinox(lambda model: jax.jit(model.__call__, donate_argnums=1), n)
 

@@ -637,19 +637,19 @@ MUTANTS = [
     ),
     _never(
         "leaves what does not match to plain jit",
-        "_specialise.py",
+        "_placement.py",
         "if _core.type_moves(asked, type_id) is None:",
         "jit/failures jit/programs jit/calls",
     ),
     _never(
         "leaves an unset state to plain jit",
-        "_specialise.py",
+        "_placement.py",
         "if use.needs_value and not is_there:",
         "jit/failures jit/programs jit/calls",
     ),
     _never(
         "leaves debug_nans to plain jit",
-        "_specialise.py",
+        "_placement.py",
         "if _jax.debugs_values():",
         "jit/transformations jit/failures jit/programs jit/calls jit/meshes",
     ),

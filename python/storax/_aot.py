@@ -7,7 +7,8 @@ from . import _core
 from ._hoist import NotHoistableError
 from ._lowering import needs_hoisting
 from ._packed import NeedsPureError
-from ._specialise import Placement, Specialised
+from ._placement import Placement
+from ._specialise import Specialised
 
 __all__ = ["Compiled", "Lowered", "Traced"]
 

@@ -183,6 +183,27 @@ def set_index(
 ) -> None: ...
 def flatten_index(index: object) -> object: ...
 def unflatten_index(aux: object | None, children: object | None) -> object: ...
+def work(slot: Slot, n: int) -> None:
+    """Says that `n` more programs work on the lent state in place."""
+
+class LoanLock:
+    """Holds the loan mutexes of slots."""
+
+    def __init__(self, slots: Sequence[object]) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *args: object) -> None: ...
+
+def lend(slot: Slot, device: int, type: int, leaves: tuple, version: int) -> bool:
+    """
+    Makes these arrays the state; its memory is freed. False if its version is another, and `version` is not -1. The caller holds the LoanLock.
+    """
+
+def count_lent_get(slot: Slot) -> None: ...
+def loan(slot: Slot) -> tuple | None:
+    """The arrays that are the state; None if it is not lent out."""
+
+def replace_loan(slot: Slot, leaves: tuple) -> None:
+    """Makes these arrays the lent state instead."""
 
 class Program:
     """A compiled program, and the states that are lent to it."""
@@ -205,28 +226,6 @@ class Dispatcher:
     def __init__(
         self, retry: object, static_argnums: Sequence[int], static_argnames: object
     ) -> None: ...
-
-def work(slot: Slot, n: int) -> None:
-    """Says that `n` more programs work on the lent state in place."""
-
-class LoanLock:
-    """Holds the loan mutexes of slots."""
-
-    def __init__(self, slots: Sequence[object]) -> None: ...
-    def __enter__(self) -> None: ...
-    def __exit__(self, *args: object) -> None: ...
-
-def lend(slot: Slot, device: int, type: int, leaves: tuple, version: int) -> bool:
-    """
-    Makes these arrays the state; its memory is freed. False if its version is another, and `version` is not -1. The caller holds the LoanLock.
-    """
-
-def count_lent_get(slot: Slot) -> None: ...
-def loan(slot: Slot) -> tuple | None:
-    """The arrays that are the state; None if it is not lent out."""
-
-def replace_loan(slot: Slot, leaves: tuple) -> None:
-    """Makes these arrays the lent state instead."""
 
 def layout_epoch() -> int: ...
 def set_jax(flatten: object, array: object, arrays: object, ordinary: Sequence[object]) -> None: ...

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _core, _hoist, _jax, _loans, _packed, _store
+from . import _core, _hoist, _jax, _loans, _packed, _placement, _store
 from ._hoist import NotHoistableError
 from ._lowering import needs_hoisting
 from ._packed import NeedsPureError
+from ._placement import Placement
 from ._slot import type_parts
 
 __all__ = ["Specialised"]
@@ -40,36 +41,6 @@ def _alive(this: "weakref.ref[Specialised]") -> "Specialised":
     specialised = this()
     assert specialised is not None  # whoever traces has it
     return specialised
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where a hoisted program has the states it uses. Slots, by number, with their types' numbers."""
-
-    types: tuple[tuple[int, int], ...]
-    loaded: tuple[tuple[int, int], ...]
-    stored: tuple[tuple[int, int], ...]
-    donated: tuple[int, ...]  # lent, and given back
-    read: tuple[int, ...]  # lent, and left alone
-    born: tuple[int, ...]  # to be lent: the program makes their first state
-    shardings: tuple[Any, ...]  # of the donated ones' leaves, if they are spread over devices
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What the compiled function depends on: the states that it takes and returns."""
-        return self.donated, self.read, self.born, self.shardings
-
-    @property
-    def lent(self) -> tuple[int, ...]:
-        return (*self.donated, *self.read)
-
-    @property
-    def takes_states(self) -> bool:
-        return bool(self.donated or self.read)
-
-    @property
-    def returns_states(self) -> bool:
-        return bool(self.donated or self.born)
 
 
 @dataclasses.dataclass
@@ -140,52 +111,8 @@ class Specialised:
         """Where the states are, or are to be. Raises `NotHoistableError`."""
         if isinstance(trace.uses, NotHoistableError):
             raise trace.uses
-        if _jax.debugs_values():
-            raise NotHoistableError(
-                "storax.jit: under `jax.debug_nans` and `jax.debug_infs`, programs with state run on one "
-                "CPU device only."
-            )
-        types, loaded, stored, donated, read, born, shardings = {}, [], [], [], [], [], []
-        for slot_id, use in sorted(trace.uses.items()):
-            slot = _core.share_slot(slot_id)
-            type_id = slot.type or use.types[0]
-            for asked, is_get in use.operations:
-                if _core.type_moves(asked, type_id) is None:
-                    raise _mismatch(slot, type_id, asked, is_get)
-            leaves = _core.loan(slot)
-            is_there = slot.has_memory or leaves is not None
-            if use.needs_value and not is_there:
-                raise _not_there(slot, *use.operations[0])
-            types[slot_id] = type_id
-            spread = leaves is not None and slot.device < 0
-            if self._is_lent(slot, type_id, spread):
-                if not is_there:
-                    born.append(slot_id)
-                elif use.is_set:
-                    donated.append(slot_id)
-                    shardings.append(tuple(x.sharding for x in leaves or ()) if spread else None)
-                else:
-                    read.append(slot_id)
-            else:
-                if use.needs_value:
-                    loaded.append((slot_id, type_id))
-                if use.is_set:
-                    stored.append((slot_id, type_id))
-        return Placement(
-            tuple(types.items()),
-            tuple(loaded),
-            tuple(stored),
-            tuple(donated),
-            tuple(read),
-            tuple(born),
-            tuple(shardings),
-        )
-
-    def _is_lent(self, slot: Any, type_id: int, spread: bool) -> bool:
-        if self._pure or spread:
-            self._pure = True
-            return True
-        return not slot.is_pinned and _core.type_bytes(type_id) >= _loans.LARGE
+        self._pure = self._pure or _placement.any_spread(trace.uses)
+        return _placement.place(trace.uses, self._pure)
 
     # --- The hoisted function ---
 
@@ -436,28 +363,6 @@ class Specialised:
                     slot.lose()
                     names.append(slot.name)
         return sorted(names)
-
-
-def _mismatch(slot: Any, held: int, asked: int, is_get: bool) -> NotHoistableError:
-    if not slot.type:
-        texts = " and ".join(map(_core.type_text, (held, asked)))
-        return NotHoistableError(
-            f"storax: {slot.name} is used as a state of {texts} in one program. Get and set must agree "
-            "in dtype, shape, PyTree structure and batch axes.",
-            RuntimeError,
-        )
-    explain = slot.explain_get if is_get else slot.explain_set
-    return NotHoistableError(explain(asked, slot.device), RuntimeError)
-
-
-def _not_there(slot: Any, asked: int, is_get: bool) -> NotHoistableError:
-    if slot.type or is_get:
-        return NotHoistableError(slot.explain_get(asked, slot.device), RuntimeError)
-    return NotHoistableError(
-        f"storax.set_state of {slot.name}: this is the first set, and it is in a branch or a loop, or "
-        "covers only some lanes or rows. Over several devices, or elsewhere than on a CPU, `storax.jit` "
-        "has to know that there is a state: set it before the program, or at its start."
-    )
 
 
 def _is_usable(x: Any) -> bool:

@@ -9,14 +9,13 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <chrono>
 #include <cstdint>
-#include <memory>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "flatten.h"
+#include "loan.h"
 #include "storax/storax.h"
 
 namespace storax::python {
@@ -25,8 +24,7 @@ namespace {
 namespace nb = ::nanobind;
 using namespace nb::literals;
 
-// --- What JAX tells us at import, see `_jax.call_path`
-// ---------------------------------------------
+// --- What JAX tells us at import, see `_jax.call_path` ---
 
 struct Jax {
   nb::object flatten;                // tree -> (leaves, treedef)
@@ -87,126 +85,7 @@ nb::object restore(nb::object result) {
   return nb::inst_ptr<Template>(key)->fill(arrays);
 }
 
-// --- Loans
-// -----------------------------------------------------------------------------------------
-
-// A state as JAX arrays.
-class ArrayLoan final : public Loan {
- public:
-  explicit ArrayLoan(nb::object leaves) : leaves_(leaves.release().ptr()) {}
-
-  ~ArrayLoan() override {
-    if (!Py_IsInitialized()) return;  // too late to free anything
-    const nb::gil_scoped_acquire gil;
-    Py_DECREF(leaves_);
-  }
-
-  nb::handle leaves() const { return leaves_; }
-  void replace(nb::object leaves) {
-    nb::object old = nb::steal(std::exchange(leaves_, leaves.release().ptr()));
-  }
-
- private:
-  PyObject* leaves_;  // a tuple
-};
-
-ArrayLoan* loan_of(Slot& slot) { return static_cast<ArrayLoan*>(slot.loan()); }
-
-[[noreturn]] void refuse_callback(Slot& slot) {
-  throw std::runtime_error(
-      "storax: a callback can't get or set " + slot.name() +
-      " while a program of `storax.jit` is working on this state in place. Pass the value to the "
-      "callback, or take it from its result; or use plain `jax.jit`.");
-}
-
-// Whether XLA made this thread, to run callbacks on, and not Python. The caller has the GIL.
-bool is_of_xla() {
-  const nb::module_ threading = nb::module_::import_("threading");
-  return nb::isinstance(threading.attr("current_thread")(), threading.attr("_DummyThread"));
-}
-
-// Holds the loan mutexes of some slots, in the order of their ids. Throws in a callback of a
-// program that works on one of them: it would wait for that program, which waits for it.
-class LoanLock {
- public:
-  explicit LoanLock(std::vector<Slot*> slots) : slots_(std::move(slots)) {
-    std::sort(slots_.begin(), slots_.end());
-    slots_.erase(std::unique(slots_.begin(), slots_.end()), slots_.end());
-    for (; held_ < slots_.size(); ++held_) {
-      Slot& slot = *slots_[held_];
-      if (!take(slot)) {
-        release();
-        refuse_callback(slot);
-      }
-      if (slot.is_worked_on()) {
-        ++held_;
-        release();
-        refuse_callback(slot);
-      }
-    }
-  }
-  LoanLock(const LoanLock&) = delete;
-  LoanLock& operator=(const LoanLock&) = delete;
-  ~LoanLock() { release(); }
-
- private:
-  // How long a callback waits for what may be another thread's program.
-  static constexpr std::chrono::seconds kPatience{3};
-
-  static bool take(Slot& slot) {
-    if (slot.loan_mutex().try_lock()) return true;
-    const bool may_be_a_callback = is_of_xla();
-    const nb::gil_scoped_release released;
-    if (may_be_a_callback) return slot.loan_mutex().try_lock_for(kPatience);
-    slot.loan_mutex().lock();
-    return true;
-  }
-
-  void release() noexcept {
-    while (held_ > 0) slots_[--held_]->loan_mutex().unlock();
-  }
-
-  std::vector<Slot*> slots_;
-  std::size_t held_ = 0;
-};
-
-// Says that a program works on these in place. The caller holds their mutexes.
-class Work {
- public:
-  explicit Work(const std::vector<SlotRef>& slots) noexcept : slots_(slots) {
-    for (const SlotRef& slot : slots_) slot->work(1);
-  }
-  Work(const Work&) = delete;
-  Work& operator=(const Work&) = delete;
-  ~Work() {
-    for (const SlotRef& slot : slots_) slot->work(-1);
-  }
-
- private:
-  const std::vector<SlotRef>& slots_;
-};
-
-// The same as a context manager.
-class LoanLockContext {
- public:
-  explicit LoanLockContext(const std::vector<nb::object>& slots) : objects_(slots) {}
-  LoanLockContext(const LoanLockContext&) = delete;
-  LoanLockContext& operator=(const LoanLockContext&) = delete;
-
-  void enter() {
-    std::vector<Slot*> slots;
-    for (const nb::object& s : objects_) slots.push_back(&*nb::cast<SlotRef&>(s));
-    held_.push_back(std::make_unique<LoanLock>(std::move(slots)));
-  }
-  void exit() { held_.pop_back(); }
-
- private:
-  std::vector<nb::object> objects_;  // keep the slots alive
-  std::vector<std::unique_ptr<LoanLock>> held_;
-};
-
-// --- Programs
-// --------------------------------------------------------------------------------------
+// --- Programs ---
 
 // A compiled program as a function of the arrays among a call's arguments. It takes the states lent
 // to it first, `(donated, read, *arrays)`, if there are any, and returns `(states, result)` if it
@@ -292,8 +171,7 @@ class Program {
   std::atomic<std::int64_t> epoch_{-1};
 };
 
-// --- Dispatch
-// --------------------------------------------------------------------------------------
+// --- Dispatch ---
 
 // What storax.jit returns is of a Python class derived from this one.
 class Dispatcher {
@@ -489,8 +367,7 @@ class Dispatcher {
   std::vector<nb::object> by_count_;  // programs that take so many arrays and nothing else
 };
 
-// --- Types
-// -----------------------------------------------------------------------------------------
+// --- Types ---
 
 template <class T>
 int traverse(PyObject* self, visitproc visit, void* arg) {
@@ -554,47 +431,6 @@ void bind_jit(nb::module_& m) {
       .def("_add", &Dispatcher::add, "key"_a, "program"_a)
       .def("_clear", &Dispatcher::clear);
 
-  m.def(
-      "work", [](const SlotRef& slot, std::int64_t n) { slot->work(n); }, "slot"_a, "n"_a,
-      "Says that `n` more programs work on the lent state in place.");
-  nb::class_<LoanLockContext>(m, "LoanLock", "Holds the loan mutexes of slots.")
-      .def(nb::init<const std::vector<nb::object>&>(), "slots"_a)
-      .def("__enter__", &LoanLockContext::enter)
-      .def(
-          "__exit__", [](LoanLockContext& lock, const nb::args&) { lock.exit(); },
-          nb::sig("def __exit__(self, *args: object) -> None"));
-
-  m.def(
-      "lend",
-      [](const SlotRef& slot, Device device, TypeId type, nb::tuple leaves, std::int64_t version) {
-        auto loan = std::make_unique<ArrayLoan>(std::move(leaves));
-        const Status status = slot->lend(slot.id(), device, type, std::move(loan), version);
-        if (status != Status::kOk && status != Status::kChanged) {
-          throw std::runtime_error(slot->explain(slot.id(), status, "set_state", device, type));
-        }
-        return status == Status::kOk;
-      },
-      "slot"_a, "device"_a, "type"_a, "leaves"_a, "version"_a,
-      "Makes these arrays the state; its memory is freed. False if its version is another, and "
-      "`version` is not -1. The caller holds the LoanLock.");
-  m.def("count_lent_get", [](const SlotRef& slot) { slot->count_lent_get(); }, "slot"_a);
-  m.def(
-      "loan",
-      [](const SlotRef& slot) -> nb::object {
-        ArrayLoan* loan = loan_of(*slot);
-        return loan == nullptr ? nb::object(nb::none()) : nb::borrow<nb::object>(loan->leaves());
-      },
-      "slot"_a, nb::sig("def loan(slot: Slot) -> tuple | None"),
-      "The arrays that are the state; None if it is not lent out.");
-  m.def(
-      "replace_loan",
-      [](const SlotRef& slot, nb::tuple leaves) {
-        ArrayLoan* loan = loan_of(*slot);
-        if (loan == nullptr) throw std::runtime_error("storax: nothing is lent");
-        loan->replace(std::move(leaves));
-        slot->count_lent_set();
-      },
-      "slot"_a, "leaves"_a, "Makes these arrays the lent state instead.");
   m.def("layout_epoch", &layout_epoch);
   m.def(
       "set_jax",

@@ -18,6 +18,7 @@
 #include "../ffi/handlers.h"
 #include "flatten.h"
 #include "jit.h"
+#include "loan.h"
 #include "storax/storax.h"
 
 namespace nb = nanobind;
@@ -404,5 +405,6 @@ NB_MODULE(_core, m) {
   m.def("handlers", &handler_capsules);
   m.def("handler_types", &type_registrations);
   python::bind_flatten(m);
+  python::bind_loans(m);
   python::bind_jit(m);
 }

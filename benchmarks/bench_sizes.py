@@ -2,8 +2,10 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from contenders import HAND, on_cpu
 from report import Findings
 from timing import AGAIN, Clock, repeated
@@ -15,8 +17,11 @@ LABELS = {
     "storax.jit": "storax, storax.jit",
     "storax": "storax, jax.jit",
     "ref": "jax.Ref, closed over",
+    "eqx": "eqx.nn.State, eqx.filter_jit, donated",
+    "nnx": "flax, nnx.jit, donated",
+    "io_callback": "io_callback, ordered",
 }
-# Beyond this, plain jit's copies take longer than is worth waiting for.
+# Beyond this, copies take longer than is worth waiting for.
 MOST_COPIED = 1 << 24
 
 
@@ -36,10 +41,11 @@ def measure(quick: bool, large: bool) -> Findings:
 def _measure(found: Findings, size: int, quick: bool) -> None:
     n = size // 4
     made = {HAND: _by_hand(n), AGAIN: _by_hand(n), "storax.jit": _storax(n, storax.jit)}
+    made |= {"ref": _ref(n), "eqx": _equinox(n), "nnx": _nnx(n)}
     if size <= MOST_COPIED:
         if on_cpu():
             made["storax"] = _storax(n, jax.jit)
-        made["ref"] = _ref(n)
+        made["io_callback"] = _host_callback(n)
     i = jnp.int32(0)
     for call in made.values():
         for _ in range(3):
@@ -88,5 +94,60 @@ def _ref(n: int):
     def program(i):
         ref[i] += 1.0
         return ref[i]
+
+    return program
+
+
+def _equinox(n: int):
+    class Model(eqx.Module):
+        index: eqx.nn.StateIndex
+
+        def __init__(self):
+            self.index = eqx.nn.StateIndex(jnp.zeros(n))
+
+    model, state = eqx.nn.make_with_state(Model)()
+
+    @functools.partial(eqx.filter_jit, donate="all-except-first")
+    def program(i, model, state):
+        new = state.get(model.index).at[i].add(1.0)
+        return state.set(model.index, new), new[i]
+
+    def call(i):
+        nonlocal state
+        state, out = program(i, model, state)
+        return out
+
+    return call
+
+
+def _nnx(n: int):
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.state = nnx.Variable(jnp.zeros(n))
+
+    @functools.partial(nnx.jit, donate_argnums=0)
+    def program(model, i):
+        new = model.state[...].at[i].add(1.0)
+        model.state[...] = new
+        return new[i]
+
+    return functools.partial(program, Model())
+
+
+def _host_callback(n: int):
+    state = np.zeros(n, np.float32)
+    like = jax.ShapeDtypeStruct((n,), jnp.float32)
+
+    def save(value):
+        nonlocal state
+        state = np.array(value)
+
+    @jax.jit
+    def program(i):
+        new = jax.experimental.io_callback(lambda: state, like, ordered=True).at[i].add(1.0)
+        jax.experimental.io_callback(save, None, new, ordered=True)
+        return new[i]
 
     return program

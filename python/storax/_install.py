@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from . import _control_flow, _guard, _jax, _lowering, _primitives, _refused, _unknown_jax
+from . import _control_flow, _equinox, _guard, _jax, _lowering, _primitives, _refused, _unknown_jax
 
 __all__ = ["install"]
 
@@ -28,6 +28,7 @@ def install() -> None:
         ("vmap", _control_flow.install),
         ("reductions", _refused.install_reductions),
         ("disable_jit", _refused.install_while_loop),
+        ("grad", _equinox.install),
     )
     failed = {}
     for feature, step in steps:

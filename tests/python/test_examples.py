@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import storax
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
@@ -39,6 +41,29 @@ def test_solver_counts_its_calls():
     solution, calls, glances = counting_solver.solve_and_watch(field, 400.0)
     check(solution, calls, 400.0)
     assert glances > 0
+
+
+@pytest.mark.parametrize("adjoint", ["RecursiveCheckpointAdjoint", "DirectAdjoint"])
+def test_gradients_of_a_solve_with_state(adjoint):
+    """Of as many Euler steps in each lane as it asks for, on a state of its own."""
+    diffrax = pytest.importorskip("diffrax")
+    calls, lengths = storax.StateIndex(), jnp.array([1.0, 2.0, 4.0])
+    jax.vmap(lambda x: storax.set_state(calls, x))(0 * lengths)
+
+    def field(t, y, args):
+        n = storax.get_state(calls, 0 * y) + 1
+        storax.set_state(calls, jax.lax.stop_gradient(n))
+        return y * n
+
+    def solve(y, length):
+        term, how = diffrax.ODETerm(field), getattr(diffrax, adjoint)()
+        solution = diffrax.diffeqsolve(term, diffrax.Euler(), 0.0, length, 1.0, y, adjoint=how)
+        return solution.ys[-1]
+
+    end, slope = jax.jit(jax.vmap(jax.value_and_grad(solve)))(jnp.full(3, 2.0), lengths)
+    assert slope.tolist() == [2, 2 * 3, 2 * 3 * 4 * 5]
+    assert end.tolist() == [2 * x for x in slope.tolist()]
+    assert jax.vmap(lambda x: storax.get_state(calls, x))(0 * lengths).tolist() == [1, 2, 4]
 
 
 def test_sampler_counts_its_calls():

@@ -115,6 +115,7 @@ MEANINGS = {
             [
                 While(
                     3,
+                    "",
                     Block((), (Less(Var("c"), Const(2)),)),
                     (Carry("c", LANE, False),),
                     (Binding("d", False),),
@@ -190,6 +191,7 @@ FOUND = {
                             (
                                 While(
                                     1,
+                                    "",
                                     Block((), (Const(1),)),
                                     (Carry("c", Const(1), True), Carry("d", STATE, False)),
                                     (Binding("e", True), Binding("f", False)),
@@ -207,11 +209,58 @@ FOUND = {
     # Without jit JAX staged what the condition does, found out that it is not concrete, and staged it
     # again as a loop.
     "a condition that sets state, staged without jit": in_lanes(
-        [branch(While(2, Block(BUMP, (Const(1),)), (), (), Block((), ())))], own_state=False
+        [branch(While(2, "", Block(BUMP, (Const(1),)), (), (), Block((), ())))], own_state=False
     ),
     # Without jit JAX ran the condition, found out that it is batched, and started again.
     "a condition that sets state": in_lanes(
-        [While(2, Block(BUMP, (Less(LANE, Const(1)),)), (), (), Block((), ()))]
+        [While(2, "", Block(BUMP, (Less(LANE, Const(1)),)), (), (), Block((), ()))]
+    ),
+    # Equinox's loops tell JAX whether any lane still runs, not which; a bounded one of a single step runs
+    # that step in any case.
+    **{
+        f"lanes that leave a loop of Equinox, {kind}": in_lanes(
+            [
+                While(
+                    3,
+                    kind,
+                    Block((), (Less(Var("c"), Const(2)),)),
+                    (Carry("c", LANE, False),),
+                    (Binding("d", False),),
+                    Block(BUMP, (Op("+", Var("c"), Const(1)),)),
+                )
+            ]
+        )
+        for kind in ("lax", "checkpointed", "bounded")
+    },
+    "a step that a bounded loop does not take": in_lanes(
+        [While(1, "bounded", Block((), (Less(LANE, Const(1)),)), (), (), Block(BUMP, ()))]
+    ),
+    # It runs its steps again in the backward pass.
+    "the gradient of a checkpointed loop": in_lanes(
+        [
+            Grad(
+                "value_and_grad",
+                "t",
+                LANE,
+                (Binding("value", False), Binding("slope", False)),
+                Block(
+                    (
+                        Scan(
+                            3,
+                            True,
+                            1,
+                            True,
+                            "k",
+                            (Carry("c", Var("t"), False),),
+                            (Binding("d", False),),
+                            Block(BUMP, (Op("*", Var("c"), STATE),)),
+                        ),
+                    ),
+                    (Var("d"),),
+                ),
+            )
+        ],
+        results=(Var("value"), Var("slope")),
     ),
 }
 
@@ -227,7 +276,7 @@ def test_results_of_a_scan_are_summed_before_the_modulus():
     late = Op("-", Const(1), early)
     value = Op("-", Op("*", early, eight), Op("*", late, eight))
     summed = program(
-        Scan(3, False, 1, "k", (), (Binding("y", False),), Block((), (value,))), levels=()
+        Scan(3, False, 1, False, "k", (), (Binding("y", False),), Block((), (value,))), levels=()
     )
     assert Interpreter(summed).run()[0] == 8
     assert check(summed, QUICK) == {}

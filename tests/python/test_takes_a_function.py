@@ -84,7 +84,11 @@ def _ruled(make, **rules):
     return wrap
 
 
-KINDS = {"lax": {}, "checkpointed": {"checkpoints": 2}, "bounded": {"max_steps": 4, "base": 2}}
+KINDS = {
+    "lax": {},
+    "checkpointed": {"max_steps": 4, "checkpoints": 2},
+    "bounded": {"max_steps": 4, "base": 2},
+}
 
 
 def _while(kind, steps=1):
@@ -159,7 +163,7 @@ def test_in_a_loop_that_ignores_the_result(name, f):
     assert f.runs(3, jax.jit(lambda x: lax.scan(step(x), 0, None, length=3)[0]), X) == 3
 
 
-@wrappers(NO_GRADIENT | {"while_loop, checkpointed"})
+@wrappers(NO_GRADIENT)
 def test_in_the_gradient_of_checkpoints_in_a_scan(name, f):
     g = WRAPPERS[name](f)
     step = jax.checkpoint(lambda x, _: (g(x), None))
@@ -317,11 +321,72 @@ def test_reductions_have_no_order(name, f, jit):
 def test_equinox_loops(kind, f, jit):
     for steps in (0, 3):
         assert f.runs(steps, jit(_while(kind, steps)(f)), ONE) == np.prod(range(3, 3 + steps))
-    if kind == "bounded":
+    assert f.state == 6
+    if kind != "lax":
         assert f.runs(3, jit(jax.grad(_while(kind, 3)(f))), ONE) == 6 * 7 * 8
-    else:
-        scan = lambda x: eqxi.scan(lambda c, x: (f(c), x), x, LANES, kind=kind, **KINDS[kind])[0]
-        assert f.runs(3, jit(scan), ONE) == 6 * 7 * 8
+    if kind != "bounded":
+        checkpoints = {"checkpoints": 2} if kind == "checkpointed" else {}
+        scan = lambda x: eqxi.scan(lambda c, x: (f(c), x), x, LANES, kind=kind, **checkpoints)[0]
+        first = f.state
+        assert f.runs(3, jit(scan), ONE) == np.prod(np.arange(first, first + 3))
+        if kind == "checkpointed":
+            assert f.runs(3, jit(jax.grad(scan)), ONE) == np.prod(np.arange(first + 3, first + 6))
+
+
+def test_lanes_that_leave_a_checkpointed_loop_one_by_one(f, jit):
+    lanes = storax.StateIndex()
+    jax.vmap(lambda x: storax.set_state(lanes, x))(jnp.zeros(3))
+
+    def step(carry):
+        k, n, x = carry
+        seen = storax.get_state(lanes, 0 * x) + 1
+        storax.set_state(lanes, seen)
+        return k + 1, n, f(x) * seen
+
+    loop = partial(eqxi.while_loop, lambda c: c[0] < c[1], step, kind="checkpointed", max_steps=40)
+    gradient = jax.vmap(jax.value_and_grad(lambda x, n: loop((0, n, x))[2]))
+    y, slope = f.runs(3, jit(gradient), jnp.full(3, 2.0), jnp.array([0, 1, 3]))
+    np.testing.assert_array_equal(slope, [1, 3 * 1, 3 * 1 * 4 * 2 * 5 * 3])
+    np.testing.assert_array_equal(y, 2 * slope)
+    get = jax.vmap(lambda x: storax.get_state(lanes, 0 * x))
+    np.testing.assert_array_equal(get(LANES), [0, 1, 3])
+
+
+def test_what_a_checkpointed_loop_closes_over_is_differentiated(f, jit):
+    def loop(a, x, steps):
+        start = (0, x, jnp.zeros(4))
+        body = lambda c: (c[0] + 1, f(c[1] * a), c[2].at[c[0]].set(c[1]))
+        loop = partial(eqxi.while_loop, lambda c: c[0] < steps, buffers=lambda c: c[2])
+        _, x, seen = loop(body, start, kind="checkpointed", max_steps=4)
+        return x + seen.sum()
+
+    y, slopes = f.runs(2, jit(jax.value_and_grad(loop, argnums=(0, 1))), X, ONE, 2)
+    assert y == 5 * 3 * 5 * 4 + 1 + 5 * 3
+    assert slopes == (2 * 5 * 3 * 4 + 3, 5 * 3 * 5 * 4 + 1 + 5 * 3)
+
+
+def test_gradients_of_checkpointed_loops_that_are_refused(f, jit):
+    loop = partial(eqxi.while_loop, kind="checkpointed", checkpoints=2)
+    endless = lambda x: loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
+    assert f.runs(2, jit(endless), ONE) == 3 * 4
+    with pytest.raises(NotImplementedError, match="storax.*in its steps.*Give it `max_steps`"):
+        jit(jax.grad(endless))(ONE)
+
+    def counting(x):
+        body = lambda c: (c[0] + 1, f(c[1]))
+        return loop(lambda c: c[0] + 0 * f(ONE) < 2, body, (0.0, x), max_steps=4)[1]
+
+    with pytest.raises(NotImplementedError, match="storax.*a set in its condition"):
+        jit(jax.grad(counting))(ONE)
+
+    def reading(x):
+        more = lambda c: c[0] + 7 > storax.get_state(f.index, ONE)
+        body = lambda c: (c[0], f(c[1]))
+        return loop(more, body, (0.0, x), max_steps=4)[1]
+
+    start = f.state
+    assert jit(jax.grad(reading))(ONE) == np.prod(np.arange(start, 7))
+    assert f.state == 7
 
 
 def test_what_only_looks_runs_nothing(f):

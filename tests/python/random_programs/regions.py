@@ -72,7 +72,9 @@ class Regions:
         outs = [v.but(name=self.name("v")) for v in known] + self.outs([v for _, v in ys])
         body = Block(made, (*results, *[e for e, _ in ys]))
         length, unroll = self.pick([2, 1, 3, 2, 3, 0]), self.pick([1, 1, 1, 2])
-        loop = Scan(length, self.flag(), unroll, item.name, carries, self.bindings(outs), body)
+        checkpointed = length > 0 and scope.has_checkpointed_loops() and self.number(0, 3) == 3
+        bound = self.bindings(outs)
+        loop = Scan(length, self.flag(), unroll, checkpointed, item.name, carries, bound, body)
         return [loop], scope.plus(*outs)
 
     @staticmethod
@@ -106,7 +108,13 @@ class Regions:
         test = self.test(inner, lanes)
         body = self.block(inner, deep, known)
         outs, after = self.after_loop(scope, known)
-        return [While(limit, test, carries, outs, body)], after
+        kind = ""
+        if (
+            limit and not test.statements and self.flag()
+        ):  # Equinox runs the condition more often than JAX
+            kinds = ["lax", "bounded"] + ["checkpointed"] * 2 * scope.has_checkpointed_loops()
+            kind = self.pick(kinds)
+        return [While(limit, kind, test, carries, outs, body)], after
 
     def test(self, scope, lanes):
         """A loop's condition, which may read and write state."""

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -276,8 +277,12 @@ class Runner:
             out = self.fitted(s.outs, self.block(s.body, inner))
             return out[:n], out[n:]
 
-        items = jnp.arange(s.length, dtype=jnp.float32)
-        carry, ys = lax.scan(body, self.starts(s, env), items, reverse=s.reverse, unroll=s.unroll)
+        items, starts = jnp.arange(s.length, dtype=jnp.float32), self.starts(s, env)
+        if s.checkpointed:
+            items = items[::-1] if s.reverse else items
+            carry, ys = eqxi.scan(body, starts, items, kind="checkpointed", checkpoints=2)
+        else:
+            carry, ys = lax.scan(body, starts, items, reverse=s.reverse, unroll=s.unroll)
         return self.bind(env, s.outs, [*carry, *[total(y, 0) for y in ys]])
 
     def do_fori(self, s: Fori, env):
@@ -307,7 +312,10 @@ class Runner:
                 *self.fitted(s.outs, self.block(s.body, self.bind(env, s.carries, carry))),
             ]
 
-        _, *out = lax.while_loop(test, body, [jnp.int32(0), *self.starts(s, env)])
+        loop = lax.while_loop
+        if s.kind:
+            loop = functools.partial(eqxi.while_loop, kind=s.kind, max_steps=s.limit, base=2)
+        _, *out = loop(test, body, [jnp.int32(0), *self.starts(s, env)])
         return self.bind(env, s.outs, out)
 
     def do_branch(self, s: Branch, env):

@@ -38,6 +38,7 @@ class Scope:
     backward: frozenset[str] = NONE
     # Inside custom_jvp and custom_vjp JAX takes all arguments for differentiated if any is.
     all_active: bool = False
+    in_jvp_rule: bool = False
 
     @property
     def lanes(self):
@@ -80,4 +81,12 @@ class Scope:
         inner = self.without(self.forward) if how == "custom_vjp" else self
         active = union(v.active for v in inner.variables)
         variables = tuple(v.but(active=active) for v in inner.variables)
-        return inner.but(variables=variables, all_active=self.all_active or bool(active))
+        return inner.but(
+            variables=variables,
+            all_active=self.all_active or bool(active),
+            in_jvp_rule=self.in_jvp_rule or how == "custom_jvp",
+        )
+
+    def has_checkpointed_loops(self):
+        """Equinox's have no derivative in forward mode, and no second one."""
+        return not (self.forward or self.in_jvp_rule or len(self.backward) > 1)

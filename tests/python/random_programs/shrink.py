@@ -161,6 +161,8 @@ SETTINGS = {
     "limit": (1, 2),
     "count": (1, 2),
     "unroll": (1,),
+    "checkpointed": (False,),
+    "kind": ("",),
     "reverse": (False,),
     "vector": (False,),
     "axis": (0,),

@@ -175,6 +175,7 @@ class Scan:
     length: int
     reverse: bool
     unroll: int
+    checkpointed: bool  # Equinox's, which runs its steps again in the backward pass
     item: str
     carries: tuple[Carry, ...]
     outs: tuple[Binding, ...]
@@ -182,6 +183,7 @@ class Scan:
 
     def __str__(self):
         options = (", reverse" if self.reverse else "") + (", unroll=2" if self.unroll > 1 else "")
+        options += ", checkpointed" if self.checkpointed else ""
         head = f"{_targets(self.outs)}scan({self.item} in range({self.length}){options}"
         return f"{head}{_carries(self.carries)}):\n{_indent(self.body)}"
 
@@ -203,13 +205,16 @@ class Fori:
 @node
 class While:
     limit: int  # iterations, at the most
+    kind: str  # of Equinox's `while_loop`, or else JAX's if it is ""
     test: Block
     carries: tuple[Carry, ...]
     outs: tuple[Binding, ...]
     body: Block
 
     def __str__(self):
-        head = f"{_targets(self.outs)}while(at most {self.limit} times{_carries(self.carries)}):"
+        kind = f", {self.kind} of Equinox" if self.kind else ""
+        options = f"at most {self.limit} times{kind}{_carries(self.carries)}"
+        head = f"{_targets(self.outs)}while({options}):"
         return f"{head}\n  while:\n{_indent(self.test)}\n  do:\n{_indent(self.body)}"
 
 

@@ -36,7 +36,9 @@ def install() -> None:
             stacklevel=4,
         )
         return
-    loop.common_rewrite = bounded.common_rewrite = _with_masked_body(rewrite)
+    modules: tuple[Any, ...] = (loop, bounded)
+    for module in modules:
+        module.common_rewrite = _with_masked_body(rewrite)
     checkpointed._checkpointed_while_loop = _with_masked_body_and_gradient(run)
 
 

@@ -796,6 +796,18 @@ def _keep_state_in_while() -> None:
             "`jax.lax.stop_gradient` on what goes into the loop."
         )
 
+    def without_unused_constants(params, n):
+        """Tangents of what the body closes over, say, where it uses but the value."""
+        first, body = params["cond_nconsts"], params["body_jaxpr"]
+        carried = n - first - params["body_nconsts"]
+        keep = [False] * params["body_nconsts"] + [True] * carried
+        jaxpr, used = _pe.dce_jaxpr(open_jaxpr(body), [True] * carried, keep)
+        unused = {first + k for k, u in enumerate(used) if not u}
+        nconsts = params["body_nconsts"] - len(unused)
+        if body.consts or not unused:
+            return set(), params
+        return unused, {**params, "body_jaxpr": _pe.close_jaxpr(jaxpr), "body_nconsts": nconsts}
+
     while_p = lax.while_p
     rule = _pe.custom_partial_eval_rules[while_p]
 
@@ -807,6 +819,8 @@ def _keep_state_in_while() -> None:
             known = [trace.instantiate_const(t) for t in tracers]
             out_avals, effects = while_p.abstract_eval(*[t.aval for t in known], **params)
             return _stage(trace, known, while_p, params, out_avals, effects)
+        unused, params = without_unused_constants(params, len(tracers))
+        tracers = [t for k, t in enumerate(tracers) if k not in unused]
         if not all(t.is_known() for t in tracers):
             raise has_tangents()
         return trace.default_process_primitive(while_p, tracers, params)
@@ -818,8 +832,11 @@ def _keep_state_in_while() -> None:
     def rule_in_remat_with_state(saveable, unknown_in, instantiate_in, eqn):
         if not has_state(eqn):
             return rule_in_remat(saveable, unknown_in, instantiate_in, eqn)
-        if any(unknown_in):
+        unused, params = without_unused_constants(eqn.params, len(eqn.invars))
+        if any(unknown for k, unknown in enumerate(unknown_in) if k not in unused):
             raise has_tangents()
+        used = [v for k, v in enumerate(eqn.invars) if k not in unused]
+        eqn = eqn.replace(invars=used, params=params)
         return _known_and_saved(saveable, unknown_in, instantiate_in, eqn)
 
     _pe.partial_eval_jaxpr_custom_rules[while_p] = rule_in_remat_with_state

@@ -277,3 +277,38 @@ def test_a_while_loop_is_not_run_again(name, jit):
     stopped = lambda x: x * beside(lax.stop_gradient(x))
     assert jit(jax.grad(stopped))(jnp.float32(5)) == 5
     assert _ran(index)[1] == 5
+
+
+LOOPS_WITH_A_DERIVATIVE = {
+    "grad": lambda f: jax.grad(f),
+    "linearize": lambda f: lambda x: jax.linearize(f, x)[1](jnp.float32(1)),
+    "grad of checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+    "grad of checkpoint in a scan": lambda f: jax.grad(
+        lambda x: lax.scan(jax.checkpoint(lambda c, _: (f(c), None)), x, None, length=1)[0]
+    ),
+    "grad of custom_vjp": lambda f: jax.grad(_with_a_rule(f)),
+}
+
+
+def _with_a_rule(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x: jax.vjp(f, x), lambda pullback, ct: pullback(ct))
+    return g
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", LOOPS_WITH_A_DERIVATIVE)
+def test_a_while_loop_closes_over_what_is_differentiated(name, jit):
+    """And uses its value alone: JAX hands it the tangent too."""
+    index, other = _counter(), _counter()
+
+    def f(x):
+        def step(k):
+            storax.set_state(other, lax.stop_gradient(x * x))
+            return k + _bump(index, 1) * 0 + 1
+
+        return x * lax.while_loop(lambda k: k < 2, step, jnp.float32(0))
+
+    assert jit(LOOPS_WITH_A_DERIVATIVE[name](f))(jnp.float32(3)) == 2
+    assert storax.get_state(index, jnp.float32(0)) == 2
+    assert storax.get_state(other, jnp.float32(0)) == 9

@@ -820,7 +820,7 @@ def _keep_state_in_while() -> None:
             out_avals, effects = while_p.abstract_eval(*[t.aval for t in known], **params)
             return _stage(trace, known, while_p, params, out_avals, effects)
         unused, params = without_unused_constants(params, len(tracers))
-        tracers = [t for k, t in enumerate(tracers) if k not in unused]
+        tracers = tuple(t for k, t in enumerate(tracers) if k not in unused)
         if not all(t.is_known() for t in tracers):
             raise has_tangents()
         return trace.default_process_primitive(while_p, tracers, params)

@@ -208,7 +208,13 @@ def replace_loan(slot: Slot, leaves: tuple) -> None:
 class Program:
     """A compiled program, and the states that are lent to it."""
 
-    def __init__(self, call: object, donated: Sequence[object], read: Sequence[object]) -> None: ...
+    def __init__(
+        self,
+        call: object,
+        donated: Sequence[object],
+        kept: Sequence[object],
+        read: Sequence[object],
+    ) -> None: ...
     def set_ready(self, epoch: int) -> None:
         """
         Says that, at this layout_epoch(), the states are where the program expects them.

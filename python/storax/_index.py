@@ -1,10 +1,12 @@
 """StateIndex: a place to keep state, as a PyTree."""
 
+import contextlib
 import copy
 import os
 import sys
+import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -12,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from equinox import _compile_utils as eqx_compile_utils
 
 from . import _core, _jax, _serialise, _store
@@ -116,6 +119,28 @@ def _flag_behind(leaf: Any) -> bool | None:
     return None
 
 
+_making = threading.local()
+
+
+@contextlib.contextmanager
+def slots_made() -> Iterator[list[Slot]]:
+    """The slots that this thread makes meanwhile."""
+    before, _making.slots = getattr(_making, "slots", None), []
+    try:
+        yield _making.slots
+    finally:
+        made, _making.slots = _making.slots, before
+        if before is not None:
+            before.extend(made)
+
+
+def any_of_slots(tree: Any, slots: list[Slot]) -> bool:
+    """Whether a PyTree has an index of one of them."""
+    is_index = lambda x: isinstance(x, StateIndex)
+    found = [x._slot for x in jtu.tree_leaves(tree, is_leaf=is_index) if is_index(x)]
+    return any(x is y for x in found for y in slots)
+
+
 class StateIndex:
     """A place to keep state: save and load JAX arrays there as a side effect, even under JIT.
 
@@ -162,12 +187,19 @@ class StateIndex:
 
     def __init__(self, inference: bool = False, *, name: str | None = None):
         _store.check_process()
+        if not isinstance(inference, (bool, np.bool_)):
+            raise TypeError(
+                f"storax.StateIndex: `inference` must be a bool, not {inference!r}. An index has no "
+                "initial value: use `storax.set_state`."
+            )
         install()
-        self.inference = inference
+        self.inference = bool(inference)
         self._held = NOTHING_HELD if inference else None
         self._slot = Slot(_creation_site() if name is None else f"StateIndex {name!r}")
         self._leaves = ()
         self._rows = self._row = self._flat = None
+        if (made := getattr(_making, "slots", None)) is not None:
+            made.append(self._slot)
 
     # --- PyTree ---
 

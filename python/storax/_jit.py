@@ -84,25 +84,26 @@ class Jitted(_core.Dispatcher):
         "_given",
         "_options",
         "_specialised",
+        "_static_argnames",
         "_static_argnums",
     )
 
     def __init__(self, fun: Callable[..., Any], pack: bool | None, donate: bool, options: dict):
         install()
+        jax.jit(fun, **options)  # whatever is wrong with the options is raised here
         self._given = options
         options = dict(options)
         static = [options.pop(f"static_{kind}", None) for kind in ("argnums", "argnames")]
         donated = [options.pop(f"donate_{kind}", None) for kind in ("argnums", "argnames")]
         argnums, argnames = _jax.infer_static(fun, *static)
         super().__init__((_hoist.NotHoistableError, NeedsPureError), list(argnums), tuple(argnames))
-        self._static_argnums = argnums
+        self._static_argnums, self._static_argnames = argnums, argnames
         self._donated = _jax.infer_static(fun, *donated)
         self._fun = fun
         self._options = options
         self._form = {"pack": pack, "donate": donate}
         self._specialised: dict[Any, Specialised] = {}
         functools.update_wrapper(self, fun)
-        jax.jit(fun, **options)  # whatever is wrong with the options is raised here
 
     def __repr__(self) -> str:
         return f"<storax.jit of {self._fun!r}>"
@@ -158,17 +159,18 @@ class Jitted(_core.Dispatcher):
         raise error
 
     def _raise_not_hashable(self, args: tuple, kwargs: dict) -> NoReturn:
-        for path, leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
-            try:
-                hash(leaf)
-            except TypeError:
+        positions = set(self._static_positions(len(args)))
+        for at, value in (*enumerate(args), *kwargs.items()):
+            name = f"argument {at}" if isinstance(at, int) else f"the argument `{at}`"
+            if at in positions or at in self._static_argnames:
+                _check_hashable(value, f"{name} is static, and")
+                continue
+            for path, leaf in jax.tree_util.tree_leaves_with_path(value):
                 if not is_array(leaf):
-                    raise TypeError(
-                        f"storax.jit: {jax.tree_util.keystr(path[1:])} of the arguments is {leaf!r}, "
-                        "which is not an array, and so static, but can't be hashed. Make it an array "
-                        "(`jnp.asarray`), a PyTree, or hashable."
-                    ) from None
-        raise TypeError("storax.jit: a static argument can't be hashed.")
+                    where = jax.tree_util.keystr(path)
+                    part = f"{where} of {name}" if where else name
+                    _check_hashable(leaf, f"{part} is not an array, and so static, and")
+        raise TypeError("storax.jit: the structure of an argument can't be hashed.")
 
     # --- Options of arguments as options of their arrays ---
 
@@ -221,6 +223,16 @@ class Jitted(_core.Dispatcher):
         """Forgets all compiled programs."""
         self._clear()  # type: ignore[attr-defined]
         self._specialised.clear()
+
+
+def _check_hashable(value: Any, what: str) -> None:
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"storax.jit: {what} can't be hashed: {value!r}. Pass arrays (`jnp.asarray`), or a PyTree of "
+            "them, as arguments that are not static; make others hashable, as a tuple is."
+        ) from None
 
 
 def _rebuild(fun: Any, form: dict, options: dict) -> Jitted:

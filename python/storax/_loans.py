@@ -23,7 +23,8 @@ LARGE = 1 << 15
 
 
 def _copy(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(jnp.copy(x) for x in leaves)
+    """Of no weak type: a state has none."""
+    return tuple(jnp.array(x, x.dtype) if x.weak_type else jnp.copy(x) for x in leaves)
 
 
 def is_on_one_device(leaves: Sequence[Any]) -> bool:

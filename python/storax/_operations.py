@@ -16,8 +16,8 @@ __all__ = ["get_state", "set_state"]
 T = TypeVar("T")
 
 _TRACED_INDEX = (
-    "This StateIndex was passed as an argument to plain `jax.jit` (or `jax.vmap`, `jax.grad`, ...), "
-    "which has turned its `inference` flag into a tracer. Use `equinox.filter_jit` (or "
+    "This StateIndex was passed as an argument to plain `jax.jit` (or `jax.vmap`, `jax.grad`, "
+    "`jax.device_put`, ...), which has turned its `inference` flag into an array. Use `equinox.filter_jit` (or "
     "`equinox.filter_vmap`, ...) or `storax.jit`, or close over the index instead of passing it."
 )
 
@@ -61,8 +61,9 @@ def _raise_not_array(tree: Any, what: str, op: str, slot: Slot) -> None:
         if not isinstance(leaf, jax.Array):
             raise TypeError(
                 f"storax.{op} of {slot.core.name}: `{what}` must be a PyTree of JAX arrays, but "
-                f"`{what}{jtu.keystr(path)}` is {leaf!r} of type {type(leaf).__qualname__}. Wrap it "
-                "in `jnp.asarray`."
+                f"`{what}{jtu.keystr(path)}` is {leaf!r} of type {type(leaf).__qualname__}. Wrap "
+                "numbers and NumPy arrays in `jnp.asarray`, make arrays of shapes with `jnp.zeros`, and "
+                "leave out what is no array, with `equinox.filter(..., equinox.is_array)`, say."
             )
 
 

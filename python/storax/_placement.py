@@ -17,27 +17,33 @@ class Placement:
     types: tuple[tuple[int, int], ...]
     loaded: tuple[tuple[int, int], ...]
     stored: tuple[tuple[int, int], ...]
-    donated: tuple[int, ...]  # lent, and given back
+    donated: tuple[int, ...]  # lent, and given back: large ones, worked on in place
+    kept: tuple[int, ...]  # lent, and another given back: small ones, which outlive a failure so
     read: tuple[int, ...]  # lent, and left alone
     born: tuple[int, ...]  # to be lent: the program makes their first state
-    shardings: tuple[Any, ...]  # of the donated ones' leaves, if they are spread over devices
+    shardings: tuple[Any, ...]  # of the changed ones' leaves, if they are spread over devices
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What the compiled function depends on: the states that it takes and returns."""
-        return self.donated, self.read, self.born, self.shardings
+        return self.donated, self.kept, self.read, self.born, self.shardings
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """Those that are lent, and given back."""
+        return (*self.donated, *self.kept)
 
     @property
     def lent(self) -> tuple[int, ...]:
-        return (*self.donated, *self.read)
+        return (*self.changed, *self.read)
 
     @property
     def takes_states(self) -> bool:
-        return bool(self.donated or self.read)
+        return bool(self.lent)
 
     @property
     def returns_states(self) -> bool:
-        return bool(self.donated or self.born)
+        return bool(self.changed or self.born)
 
 
 def place(uses: dict[int, Use], pure: bool) -> Placement:
@@ -47,7 +53,9 @@ def place(uses: dict[int, Use], pure: bool) -> Placement:
             "storax.jit: under `jax.debug_nans` and `jax.debug_infs`, programs with state run on one "
             "CPU device only."
         )
-    types, loaded, stored, donated, read, born, shardings = {}, [], [], [], [], [], []
+    types, loaded, stored, read, born = {}, [], [], [], []
+    donated: list[int] = []
+    kept: list[int] = []
     for slot_id, use in sorted(uses.items()):
         slot = _core.share_slot(slot_id)
         type_id = slot.type or use.types[0]
@@ -63,9 +71,7 @@ def place(uses: dict[int, Use], pure: bool) -> Placement:
             if not is_there:
                 born.append(slot_id)
             elif use.is_set:
-                donated.append(slot_id)
-                spread = _is_spread(slot)
-                shardings.append(tuple(x.sharding for x in leaves or ()) if spread else None)
+                (donated if _is_large(slot, type_id) else kept).append(slot_id)
             else:
                 read.append(slot_id)
         else:
@@ -78,9 +84,10 @@ def place(uses: dict[int, Use], pure: bool) -> Placement:
         tuple(loaded),
         tuple(stored),
         tuple(donated),
+        tuple(kept),
         tuple(read),
         tuple(born),
-        tuple(shardings),
+        tuple(map(_shardings, (*donated, *kept))),
     )
 
 
@@ -91,6 +98,11 @@ def any_spread(slots: Iterable[int]) -> bool:
 
 def _is_spread(slot: Any) -> bool:
     return slot.device < 0 and _core.loan(slot) is not None
+
+
+def _shardings(slot_id: int) -> tuple[Any, ...] | None:
+    slot = _core.share_slot(slot_id)
+    return tuple(x.sharding for x in _core.loan(slot) or ()) if _is_spread(slot) else None
 
 
 def _is_large(slot: Any, type_id: int) -> bool:

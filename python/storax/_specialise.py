@@ -16,6 +16,7 @@ import numpy as np
 
 from . import _core, _hoist, _jax, _loans, _packed, _placement, _store
 from ._hoist import NotHoistableError
+from ._index import any_of_slots, slots_made
 from ._lowering import needs_hoisting
 from ._packed import NeedsPureError
 from ._placement import Placement
@@ -61,21 +62,34 @@ class Specialised:
         self._pure = form["pack"] is False
         self._packed_only = form["pack"] is True
         self._donate = form["donate"]
+        # What is compiled must not hold this, which holds it.
+        self._this = weakref.ref(self)
+        self._forget()
+
+    def _forget(self) -> None:
+        this = self._this
         self._traces: dict[Any, Trace] = {}
         self._compiled: dict[tuple[Any, ...], Any] = {}  # by Placement.key
         self._program: Any = None  # what the call path runs
-        # What is compiled must not hold this, which holds it.
-        this = self._this = weakref.ref(self)
+        self._returns_new_indices = False
         self._plain = self._jit(lambda *arrays: _alive(this)._returning_arrays(*arrays))
 
     def plain(self, *arrays: Any) -> Any:
         """The call as `jax.jit` does it, or a transformation that is at work around it."""
-        return _core.restore(self._plain(*arrays))
+        result = _core.restore(self._plain(*arrays))
+        if self._returns_new_indices:
+            self._forget()
+        return result
 
     # --- Tracing ---
 
     def _returning_arrays(self, *arrays: Any) -> Any:
-        return _as_arrays(self._call(arrays))
+        with slots_made() as made:
+            result = self._call(arrays)
+        if made and any_of_slots(result, made):
+            # The next call is to make others, and so is traced anew.
+            self._returns_new_indices = True
+        return _as_arrays(result)
 
     def _jit(self, f: Callable[..., Any], **changes: Any) -> Callable[..., Any]:
         def named(*args):
@@ -129,9 +143,9 @@ class Specialised:
             lent: dict[int, Any] = {}
             arrays: Sequence[Any] = args
             if placement.takes_states:
-                donated, read, *arrays = args
+                donated, others, *arrays = args
                 lent.update(zip(placement.donated, donated, strict=True))
-                lent.update(zip(placement.read, read, strict=True))
+                lent.update(zip((*placement.kept, *placement.read), others, strict=True))
             return _alive(this)._hoisted(placement, lent, arrays)
 
         shift = 2 if placement.takes_states else 0
@@ -178,7 +192,7 @@ class Specialised:
         result = jax.tree.unflatten(trace.out_tree, outs)
         if not placement.returns_states:
             return result
-        written = (*placement.donated, *placement.born)
+        written = (*placement.changed, *placement.born)
         return tuple(tuple(state[s]) for s in written), result
 
     # --- Running ---
@@ -201,7 +215,9 @@ class Specialised:
                     if borrowed is None:
                         continue  # placed anew: something has changed
                     result, settled = self.execute(call, placement, borrowed, arrays)
-                    if settled:
+                    if self._returns_new_indices:
+                        self._forget()
+                    elif settled:
                         self._publish(call, placement, publish)
                 return result
             except NeedsPureError:
@@ -221,10 +237,8 @@ class Specialised:
             raise
 
     def _publish(self, call: Any, placement: Placement, publish: Callable[[Any], None]) -> None:
-        donated, read = (
-            [_core.share_slot(s) for s in slots] for slots in (placement.donated, placement.read)
-        )
-        self._program = _core.Program(call, donated, read)
+        lent = ([_core.share_slot(s) for s in slots] for slots in placement.key[:3])
+        self._program = _core.Program(call, *lent)
         self._program.set_ready(_core.layout_epoch())
         publish(self._program)
 
@@ -232,7 +246,7 @@ class Specialised:
         """Lends what is to be lent. Comes back with copies of what has to stay where it is."""
         borrowed: dict[int, Any] = {}
         spread = self._spread_like(arrays)
-        for slot_id in (*placement.donated, *placement.read):
+        for slot_id in placement.lent:
             slot = _core.share_slot(slot_id)
             if _core.loan(slot) is not None:
                 continue
@@ -267,9 +281,9 @@ class Specialised:
         if placement.takes_states:
             states = (
                 tuple(leaves(s) for s in placement.donated),
-                tuple(leaves(s) for s in placement.read),
+                tuple(leaves(s) for s in (*placement.kept, *placement.read)),
             )
-        working = [slots[s] for s in placement.donated if s not in borrowed]
+        working = [slots[s] for s in placement.changed if s not in borrowed]
         for slot in working:
             _core.work(slot, 1)
         try:
@@ -282,11 +296,13 @@ class Specialised:
         new, result = result
         settled = not borrowed and not placement.born
         types = dict(placement.types)
-        for slot_id, now in zip((*placement.donated, *placement.born), new, strict=True):
+        for slot_id, now in zip((*placement.changed, *placement.born), new, strict=True):
             slot = slots[slot_id]
             before = None if slot_id in placement.born else leaves(slot_id)
             if slot_id in borrowed:
-                # What another thread has set meanwhile stays: this program may have set nothing.
+                # What another thread or a callback has set meanwhile stays: this program may have set
+                # nothing.
+                jax.block_until_ready(now)
                 if slot.version == versions[slot_id]:
                     _write_back(slot, types[slot_id], now)
             elif before is not None and [x.sharding for x in now] == [x.sharding for x in before]:
@@ -322,7 +338,8 @@ class Specialised:
                 for s, k in zip(parts.shapes, parts.structure.kinds, strict=True)
             )
 
-        states = tuple(tuple(map(shapes, ids)) for ids in (placement.donated, placement.read))
+        others = (*placement.kept, *placement.read)
+        states = tuple(tuple(map(shapes, ids)) for ids in (placement.donated, others))
         return placement, self.compiled(placement), states
 
     def make_pure(self) -> None:
@@ -352,7 +369,7 @@ class Specialised:
     def lost(self) -> list[str]:
         """The names of the slots whose state a failed program has taken with it."""
         names = []
-        for slot_id in {s for donated, *_ in self._compiled for s in donated}:
+        for slot_id in {s for donated, kept, *_ in self._compiled for s in (*donated, *kept)}:
             try:
                 slot = _core.share_slot(slot_id)
             except RuntimeError:

@@ -41,8 +41,9 @@ std::string hint(const Type& held, const Type& asked, bool is_get) {
   }
   if (held.desc().mesh != asked.desc().mesh) {
     return " A state set under `shard_map` or `pmap` is one per device. Use it under the same "
-           "mesh; "
-           "outside, get it with the mesh axes in front, or as one if it is the same everywhere.";
+           "mesh; outside of that and of `jit`, get it with the mesh axes in front, or as one if "
+           "it "
+           "is the same everywhere.";
   }
   return " Get and set must agree in dtype, shape, PyTree structure and batch axes. Make " + what +
          " match, or use a new StateIndex.";

@@ -88,17 +88,20 @@ nb::object restore(nb::object result) {
 // --- Programs ---
 
 // A compiled program as a function of the arrays among a call's arguments. It takes the states lent
-// to it first, `(donated, read, *arrays)`, if there are any, and returns `(states, result)` if it
-// changes any of them; else the result alone.
+// to it first, `(donated, (*kept, *read), *arrays)`, if there are any. It returns
+// `((*donated, *kept), result)` if it changes any of them; else the result alone.
 class Program {
  public:
   Program(nb::object call, const std::vector<nb::object>& donated,
-          const std::vector<nb::object>& read)
+          const std::vector<nb::object>& kept, const std::vector<nb::object>& read)
       : call_(std::move(call)) {
     share(donated, &donated_);
-    share(read, &read_);
+    share(kept, &kept_and_read_);
+    share(read, &kept_and_read_);
+    share(donated, &changed_);
+    share(kept, &changed_);
     for (const SlotRef& ref : donated_) slots_.push_back(&*ref);
-    for (const SlotRef& ref : read_) slots_.push_back(&*ref);
+    for (const SlotRef& ref : kept_and_read_) slots_.push_back(&*ref);
   }
 
   // The states are where the program expects them, as long as layout_epoch() is this.
@@ -113,16 +116,16 @@ class Program {
     const LoanLock lock(slots_);
     if (!is_ready()) return nullptr;
     std::vector<PyObject*> args(size + 2);
-    const nb::object donated = leaves_of(donated_), read = leaves_of(read_);
+    const nb::object donated = leaves_of(donated_), others = leaves_of(kept_and_read_);
     args[0] = donated.ptr();
-    args[1] = read.ptr();
+    args[1] = others.ptr();
     std::copy(arrays, arrays + size, args.begin() + 2);
     PyObject* result = nullptr;
     {
-      const Work work(donated_);
+      const Work work(changed_);
       result = PyObject_Vectorcall(call_.ptr(), args.data(), args.size(), nullptr);
     }
-    return restored(donated_.size() > 0 ? take_result(nb::steal(result)) : result);
+    return restored(changed_.size() > 0 ? take_result(nb::steal(result)) : result);
   }
 
   int traverse(visitproc visit, void* arg) {
@@ -157,16 +160,16 @@ class Program {
   PyObject* take_result(nb::object result) {
     if (!result.is_valid()) return nullptr;
     PyObject* states = PyTuple_GET_ITEM(result.ptr(), 0);
-    for (std::size_t i = 0; i < donated_.size(); ++i) {
-      loan_of(*donated_[i])
+    for (std::size_t i = 0; i < changed_.size(); ++i) {
+      loan_of(*changed_[i])
           ->replace(nb::borrow(PyTuple_GET_ITEM(states, static_cast<Py_ssize_t>(i))));
-      donated_[i]->count_lent_set();
+      changed_[i]->count_lent_set();
     }
     return Py_NewRef(PyTuple_GET_ITEM(result.ptr(), 1));
   }
 
   nb::object call_;
-  std::vector<SlotRef> donated_, read_;
+  std::vector<SlotRef> donated_, kept_and_read_, changed_;
   std::vector<Slot*> slots_;
   std::atomic<std::int64_t> epoch_{-1};
 };
@@ -327,11 +330,15 @@ class Dispatcher {
     return found;
   }
 
-  // With its type, as True is not 1; and a float by its bits, as -0.0 is not 0.0, and NaN is
+  // With its type, as True is not 1; and floats by their bits, as -0.0 is not 0.0, and NaN is
   // itself.
   static void append_to_key(nb::list* key, nb::handle value) {
     if (PyFloat_CheckExact(value.ptr())) {
       key->append(std::bit_cast<std::int64_t>(PyFloat_AS_DOUBLE(value.ptr())));
+    } else if (PyComplex_CheckExact(value.ptr())) {
+      const Py_complex parts = PyComplex_AsCComplex(value.ptr());
+      key->append(std::bit_cast<std::int64_t>(parts.real));
+      key->append(std::bit_cast<std::int64_t>(parts.imag));
     } else {
       key->append(value);
     }
@@ -418,8 +425,9 @@ void bind_jit(nb::module_& m) {
   pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
   nb::class_<Program>(m, "Program", nb::type_slots(program_slots),
                       "A compiled program, and the states that are lent to it.")
-      .def(nb::init<nb::object, const std::vector<nb::object>&, const std::vector<nb::object>&>(),
-           "call"_a, "donated"_a, "read"_a)
+      .def(nb::init<nb::object, const std::vector<nb::object>&, const std::vector<nb::object>&,
+                    const std::vector<nb::object>&>(),
+           "call"_a, "donated"_a, "kept"_a, "read"_a)
       .def("set_ready", &Program::set_ready, "epoch"_a,
            "Says that, at this layout_epoch(), the states are where the program expects them.");
 

@@ -314,3 +314,10 @@ def test_a_cast_frozen_model_does_not_agree(index):
         with pytest.raises(RuntimeError, match=r"holds bf16\[\], but `like` is f32\[\]"):
             wrap(lambda i: storax.get_state(i, ZERO))(cast)
         assert wrap(lambda i: storax.get_state(i, jnp.bfloat16(0)))(cast) == 3
+
+
+@pytest.mark.parametrize("value", [jnp.array(0), jnp.zeros(3), 1, None], ids=str)
+def test_an_index_has_no_initial_value(value):
+    with pytest.raises(TypeError, match=r"`inference` must be a bool.*use `storax.set_state`"):
+        storax.StateIndex(value)
+    assert storax.StateIndex(np.bool_(True)).inference is True

@@ -90,3 +90,12 @@ def test_one_state_as_another(jit, index):
     assert (first(index), first(other)) == (12, 0)
     copy(), copy(), add()
     assert (first(index), first(other)) == (13, 12)
+
+
+def test_no_weak_type_gets_into_a_state(index):
+    bump(index, storax.jit)()
+    weak = jnp.full(SIZE, 9.0)
+    assert weak.weak_type
+    storax.set_state(index, weak)
+    got = storax.get_state(index, jnp.zeros(SIZE))
+    assert not got.weak_type and (got * jnp.bfloat16(1)).dtype == jnp.float32

@@ -59,8 +59,32 @@ def test_static_leaf_that_cannot_be_hashed(jit):
         def __repr__(self):
             return "<it>"
 
-    with pytest.raises(TypeError, match=r"\[1\] of the arguments is <it>.*can't be hashed"):
-        jit(lambda x, y: x)(jnp.zeros(()), Unhashable())
+    f = lambda x, y: x
+    for call, where in (
+        (lambda: jit(f)(jnp.zeros(()), Unhashable()), "argument 1 is not an array"),
+        (lambda: jit(f)(0, y={"a": Unhashable()}), r"\['a'\] of the argument `y` is not an array"),
+        (lambda: jit(f, static_argnums=1)(0, Unhashable()), "argument 1 is static"),
+        (lambda: jit(f, static_argnames="y")(0, y=Unhashable()), "the argument `y` is static"),
+    ):
+        with pytest.raises(TypeError, match=f"{where}, and.*can't be hashed: <it>"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"static_argnames": "z"},
+        {"static_argnums": 5},
+        {"donate_argnames": "z"},
+        {"donate_argnums": 5},
+        {"static_argnums": 0, "donate_argnums": 0},
+    ],
+    ids=str,
+)
+def test_options_that_jax_refuses(options):
+    for jit in (jax.jit, storax.jit):
+        with pytest.raises(ValueError):
+            jit(lambda x: x, **options)
 
 
 def test_static_argnums_and_names(jit):
@@ -298,6 +322,8 @@ def test_static_floats_are_told_apart_by_their_bits():
         return x / n
 
     assert [f(jnp.float32(1), n).item() for n in (0.0, -0.0)] == [np.inf, -np.inf]
+    sign = storax.jit(lambda z: jnp.copysign(1, jnp.imag(jnp.asarray(z))))
+    assert [sign(complex(1, zero)).item() for zero in (0.0, -0.0, 0.0)] == [1, -1, 1]
     for _ in range(3):
         f(jnp.float32(1), float("nan"))
     assert len(traced) == 3
@@ -354,6 +380,32 @@ def test_an_index_made_inside():
     for _ in range(2):
         with pytest.raises(RuntimeError, match="made inside of a function that JAX traced"):
             f(jnp.float32(1))
+
+
+def test_indices_that_are_returned_are_new_ones_at_each_call(jit):
+    """As they are without jit, though what is traced once would make them once."""
+
+    @jit
+    def make(x):
+        index = storax.StateIndex()
+        storax.set_state(index, x)
+        return index, x
+
+    @jit
+    def look_up(x):
+        return index, x
+
+    values = lambda indices: [storax.get_state(i, jnp.float32(0)).item() for i in indices]
+    for x in (jnp.float32(2), jnp.zeros(2)):  # another trace
+        indices = [make(x + k)[0] for k in range(3)]
+        storax.set_state(indices[1], x + 7)
+        if x.ndim == 0:
+            assert values(indices) == [2, 9, 4]
+    norms = [jit(lambda: storax.BatchNorm(2, axis_name="b", mode="batch"))() for _ in range(2)]
+    assert norms[0].state_index._slot is not norms[1].state_index._slot
+    index = indices[0]
+    assert look_up(jnp.float32(0))[0]._slot is index._slot
+    assert look_up(jnp.float32(0))[0]._slot is index._slot
 
 
 def test_shapes_of_results_that_are_no_arrays():

@@ -22,11 +22,11 @@ def failing(x, when):
 
 
 @pytest.mark.parametrize("feeds", [True, False])
-def test_small_states_stay(feeds):
+def test_small_states_stay(jit, feeds):
     _, count, state = counter(1)
     _, other, other_state = counter(1)
 
-    @storax.jit
+    @jit
     def f(x, when):
         y = failing(x, when)
         return y + count(y if feeds else 1) + other()
@@ -40,10 +40,10 @@ def test_small_states_stay(feeds):
     assert (state(), other_state()) == (3, 3)
 
 
-def test_small_states_stay_if_a_loop_fails():
+def test_small_states_stay_if_a_loop_fails(jit):
     _, count, state = counter(1)
 
-    @storax.jit
+    @jit
     def f(when):
         def body(c, k):
             return c + failing(k, when & (k == 3)) + count(), None

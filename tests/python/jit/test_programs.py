@@ -269,8 +269,8 @@ def test_export_of_the_pure_form():
     pure = storax.jit(lambda x: x * count(), pack=False)
     exported = jax.export.export(pure)(jax.ShapeDtypeStruct((2,), jnp.float32))
     again = jax.export.deserialize(exported.serialize())
-    # As a function of the states it takes and gives back: ((donated, read, *args)) -> (states, out).
-    states = ((jnp.float32(7),),), ()
+    # A function of states: those it works on in place, the others it takes, and then the arguments.
+    states = (), ((jnp.float32(7),),)
     (new,), out = again.call(*states, jnp.ones(2))
     np.testing.assert_array_equal(out, [8, 8])
     assert new[0] == 8

@@ -83,7 +83,12 @@ MUTANTS = [
         "if not all(t.is_known() for t in tracers):",
         "grad",
     ),
-    _never("refuses to linearize while in remat", "_jax.py", "if any(unknown_in):", "grad"),
+    _never(
+        "refuses to linearize while in remat",
+        "_jax.py",
+        "if any(unknown for k, unknown in enumerate(unknown_in) if k not in unused):",
+        "grad",
+    ),
     Mutant(
         "axes that JAX moved are like others",
         "_jax.py",

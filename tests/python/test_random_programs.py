@@ -40,7 +40,7 @@ from random_programs.syntax import (
 )
 
 # Programs in each of so many tests, which workers share.
-EACH, TESTS = (200, 10) if os.environ.get("STORAX_ALL") == "1" else (15, 4)
+EACH, TESTS = (40, 10) if os.environ.get("STORAX_ALL") == "1" else (15, 4)
 # Seconds for making a failing program smaller: hypothesis can't be told to stop.
 LIMIT = 60
 

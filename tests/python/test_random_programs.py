@@ -232,8 +232,8 @@ FOUND = {
         )
         for kind in ("lax", "checkpointed", "bounded")
     },
-    "a step that a bounded loop does not take": in_lanes(
-        [While(1, "bounded", Block((), (Less(LANE, Const(1)),)), (), (), Block(BUMP, ()))]
+    "a step that a bounded loop does not take": program(
+        While(1, "bounded", Block((), (Less(X, Const(0)),)), (), (), Block(BUMP, ())), levels=()
     ),
     # It runs its steps again in the backward pass.
     "the gradient of a checkpointed loop": in_lanes(

@@ -43,8 +43,8 @@ def _refuse(ctx, slot, op):
         raise _needs_hoisting(
             f"storax.{op} of {name} in a program that JAX spreads over {devices} devices: under "
             "plain `jax.jit` a state lives on one device. Use `storax.jit`, which keeps it as one "
-            "sharded array, around all else, as in `storax.jit(jax.grad(f))`; or `jax.shard_map` over every mesh axis, for one state per device; or "
-            "keep the program's arguments on one device."
+            "sharded array, around all else, as in `storax.jit(jax.grad(f))`; or `jax.shard_map` over "
+            "every mesh axis, for one state per device; or keep the program's arguments on one device."
         )
     if auto_axes:
         raise NotImplementedError(

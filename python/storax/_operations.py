@@ -17,8 +17,9 @@ T = TypeVar("T")
 
 _TRACED_INDEX = (
     "This StateIndex was passed as an argument to plain `jax.jit` (or `jax.vmap`, `jax.grad`, "
-    "`jax.device_put`, ...), which has turned its `inference` flag into an array. Use `equinox.filter_jit` (or "
-    "`equinox.filter_vmap`, ...) or `storax.jit`, or close over the index instead of passing it."
+    "`jax.device_put`, ...), which has turned its `inference` flag into an array. Use "
+    "`equinox.filter_jit` (or `equinox.filter_vmap`, ...) or `storax.jit`, or close over the index "
+    "instead of passing it."
 )
 
 

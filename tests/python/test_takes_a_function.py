@@ -369,14 +369,14 @@ def test_gradients_of_checkpointed_loops_that_are_refused(f, jit):
     loop = partial(eqxi.while_loop, kind="checkpointed", checkpoints=2)
     endless = lambda x: loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
     assert f.runs(2, jit(endless), ONE) == 3 * 4
-    with pytest.raises(NotImplementedError, match="storax.*in its steps.*Give it `max_steps`"):
+    with pytest.raises(NotImplementedError, match=r"storax.*in its steps.*Give it `max_steps`"):
         jit(jax.grad(endless))(ONE)
 
     def counting(x):
         body = lambda c: (c[0] + 1, f(c[1]))
         return loop(lambda c: c[0] + 0 * f(ONE) < 2, body, (0.0, x), max_steps=4)[1]
 
-    with pytest.raises(NotImplementedError, match="storax.*a set in its condition"):
+    with pytest.raises(NotImplementedError, match=r"storax.*a set in its condition"):
         jit(jax.grad(counting))(ONE)
 
     def reading(x):

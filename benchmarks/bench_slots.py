@@ -56,7 +56,7 @@ def _measure(found: Findings, n: int, contenders: Sequence[Contender], quick: bo
         each.check(calls=3)
     rounds = 20 if quick else 300 if n < 1000 else 60 if n == 1000 else 12
     # Several calls of each in a row: the first of them finds what the others have left in the caches.
-    samples = Clock(rounds, seconds=0.001 if n < 100 else 0.02).measure(
+    samples = Clock(rounds, seconds=0.001 if n < 1000 else 0.02).measure(
         {key: repeated(each) for key, each in counted.items()}
     )
     for each in counted.values():

@@ -80,13 +80,7 @@ MUTANTS = [
     _never(
         "refuses to linearize while",
         "_jax.py",
-        "if not all(t.is_known() for t in tracers):",
-        "grad",
-    ),
-    _never(
-        "refuses to linearize while in remat",
-        "_jax.py",
-        "if any(unknown for k, unknown in enumerate(unknown_in) if k not in unused):",
+        "if body.consts or any(unknown[k] for k in kept):",
         "grad",
     ),
     Mutant(
@@ -790,8 +784,8 @@ MUTANTS = [
     Mutant(
         "tangents that a while loop does not use stand in its way",
         "_jax.py",
-        "        if body.consts or not unused:\n",
-        "        if True:\n",
+        "if k < first or used[k - first]]",
+        "]",
         "grad -k closes_over",
     ),
 ]

@@ -1,8 +1,8 @@
-"""Equinox's loops, and what storax must tell them: the one place that uses names Equinox doesn't export.
+"""Equinox's loops, by names that Equinox does not export: what storax must change in them.
 
 `equinox.internal.while_loop`, on which diffrax and others stand, hides from JAX which lanes of a `vmap`
-still run: its predicate is whether any does. And of `kind="checkpointed"`, the default, it runs its steps
-again in the backward pass. (Equinox 0.11 to 0.13.)
+still run: its predicate is whether any does. And of `kind="checkpointed"`, diffrax's default, it runs its
+steps again in the backward pass. (Equinox 0.13.)
 """
 
 import math
@@ -37,8 +37,9 @@ def install() -> None:
         )
         return
     modules: tuple[Any, ...] = (loop, bounded)
+    masked = _with_masked_body(rewrite)
     for module in modules:
-        module.common_rewrite = _with_masked_body(rewrite)
+        module.common_rewrite = masked
     checkpointed._checkpointed_while_loop = _with_masked_body_and_gradient(run)
 
 

@@ -796,17 +796,20 @@ def _keep_state_in_while() -> None:
             "`jax.lax.stop_gradient` on what goes into the loop."
         )
 
-    def without_unused_constants(params, n):
-        """Tangents of what the body closes over, say, where it uses but the value."""
-        first, body = params["cond_nconsts"], params["body_jaxpr"]
-        carried = n - first - params["body_nconsts"]
-        keep = [False] * params["body_nconsts"] + [True] * carried
+    def with_known_only(params, unknown):
+        """Which operands are left without those tangents that the body closes over and never uses."""
+        n, first = len(unknown), params["cond_nconsts"]
+        if not any(unknown):
+            return range(n), params
+        body, nconsts = params["body_jaxpr"], params["body_nconsts"]
+        carried = n - first - nconsts
+        keep = [False] * nconsts + [True] * carried
         jaxpr, used = _pe.dce_jaxpr(open_jaxpr(body), [True] * carried, keep)
-        unused = {first + k for k, u in enumerate(used) if not u}
-        nconsts = params["body_nconsts"] - len(unused)
-        if body.consts or not unused:
-            return set(), params
-        return unused, {**params, "body_jaxpr": _pe.close_jaxpr(jaxpr), "body_nconsts": nconsts}
+        kept = [k for k in range(n) if k < first or used[k - first]]
+        if body.consts or any(unknown[k] for k in kept):
+            raise has_tangents()
+        nconsts -= n - len(kept)
+        return kept, {**params, "body_jaxpr": _pe.close_jaxpr(jaxpr), "body_nconsts": nconsts}
 
     while_p = lax.while_p
     rule = _pe.custom_partial_eval_rules[while_p]
@@ -819,11 +822,8 @@ def _keep_state_in_while() -> None:
             known = [trace.instantiate_const(t) for t in tracers]
             out_avals, effects = while_p.abstract_eval(*[t.aval for t in known], **params)
             return _stage(trace, known, while_p, params, out_avals, effects)
-        unused, params = without_unused_constants(params, len(tracers))
-        tracers = tuple(t for k, t in enumerate(tracers) if k not in unused)
-        if not all(t.is_known() for t in tracers):
-            raise has_tangents()
-        return trace.default_process_primitive(while_p, tracers, params)
+        kept, params = with_known_only(params, [not t.is_known() for t in tracers])
+        return trace.default_process_primitive(while_p, [tracers[k] for k in kept], params)
 
     _pe.custom_partial_eval_rules[while_p] = rule_with_state
 
@@ -832,11 +832,8 @@ def _keep_state_in_while() -> None:
     def rule_in_remat_with_state(saveable, unknown_in, instantiate_in, eqn):
         if not has_state(eqn):
             return rule_in_remat(saveable, unknown_in, instantiate_in, eqn)
-        unused, params = without_unused_constants(eqn.params, len(eqn.invars))
-        if any(unknown for k, unknown in enumerate(unknown_in) if k not in unused):
-            raise has_tangents()
-        used = [v for k, v in enumerate(eqn.invars) if k not in unused]
-        eqn = eqn.replace(invars=used, params=params)
+        kept, params = with_known_only(eqn.params, unknown_in)
+        eqn = eqn.replace(invars=[eqn.invars[k] for k in kept], params=params)
         return _known_and_saved(saveable, unknown_in, instantiate_in, eqn)
 
     _pe.partial_eval_jaxpr_custom_rules[while_p] = rule_in_remat_with_state

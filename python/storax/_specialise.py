@@ -237,7 +237,8 @@ class Specialised:
             raise
 
     def _publish(self, call: Any, placement: Placement, publish: Callable[[Any], None]) -> None:
-        lent = ([_core.share_slot(s) for s in slots] for slots in placement.key[:3])
+        groups = placement.donated, placement.kept, placement.read
+        lent = ([_core.share_slot(s) for s in slots] for slots in groups)
         self._program = _core.Program(call, *lent)
         self._program.set_ready(_core.layout_epoch())
         publish(self._program)

@@ -104,6 +104,13 @@ def branch(*statements, on=LANE):
     return Branch("cond", Less(on, Const(2)), (), (Block((), ()), Block(statements, ())))
 
 
+def while_less_than_two(kind=""):
+    """A loop that lanes leave one by one."""
+    test = Block((), (Less(Var("c"), Const(2)),))
+    body = Block(BUMP, (Op("+", Var("c"), Const(1)),))
+    return While(3, kind, test, (Carry("c", LANE, False),), (Binding("d", False),), body)
+
+
 MEANINGS = {
     "every lane has a state": (in_lanes(BUMP), [6, 7, 8], (1, 1)),
     "lanes share a state": (in_lanes(BUMP, own_state=False), 6, (1, 1)),
@@ -111,18 +118,7 @@ MEANINGS = {
     "any lane takes a branch": (in_lanes([branch(*BUMP)], own_state=False), 6, (1, 1)),
     "no lane takes a branch": (in_lanes([branch(*BUMP)], start=Const(5)), [5, 6, 7], (0, 0)),
     "each lane as often as it likes": (
-        in_lanes(
-            [
-                While(
-                    3,
-                    "",
-                    Block((), (Less(Var("c"), Const(2)),)),
-                    (Carry("c", LANE, False),),
-                    (Binding("d", False),),
-                    Block(BUMP, (Op("+", Var("c"), Const(1)),)),
-                )
-            ]
-        ),
+        in_lanes([while_less_than_two()]),
         [7, 7, 7],
         (2, 2),
     ),
@@ -218,18 +214,7 @@ FOUND = {
     # Equinox's loops tell JAX whether any lane still runs, not which; a bounded one of a single step runs
     # that step in any case.
     **{
-        f"lanes that leave a loop of Equinox, {kind}": in_lanes(
-            [
-                While(
-                    3,
-                    kind,
-                    Block((), (Less(Var("c"), Const(2)),)),
-                    (Carry("c", LANE, False),),
-                    (Binding("d", False),),
-                    Block(BUMP, (Op("+", Var("c"), Const(1)),)),
-                )
-            ]
-        )
+        f"lanes that leave a loop of Equinox, {kind}": in_lanes([while_less_than_two(kind)])
         for kind in ("lax", "checkpointed", "bounded")
     },
     "a step that a bounded loop does not take": program(

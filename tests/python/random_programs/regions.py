@@ -109,9 +109,8 @@ class Regions:
         body = self.block(inner, deep, known)
         outs, after = self.after_loop(scope, known)
         kind = ""
-        if (
-            limit and not test.statements and self.flag()
-        ):  # Equinox runs the condition more often than JAX
+        # Equinox runs the condition more often than JAX.
+        if limit and not test.statements and self.flag():
             kinds = ["lax", "bounded"] + ["checkpointed"] * 2 * scope.has_checkpointed_loops()
             kind = self.pick(kinds)
         return [While(limit, kind, test, carries, outs, body)], after

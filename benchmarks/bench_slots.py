@@ -42,7 +42,7 @@ def measure(quick: bool, large: bool) -> Findings:
 def _measure(found: Findings, n: int, contenders: Sequence[Contender], quick: bool) -> None:
     first_calls: dict[str, list[float]] = {c.key: [] for c in contenders}
     slots: dict[str, Slots] = {}
-    for k in range(1 if quick or n > 1000 else 5 if n == 1000 else 3):
+    for k in range(1 if quick or n > 1000 else 11 if n == 1000 else 3):
         for c in contenders:
             if n == 1000 and k > 0 and c.key not in (HAND, "storax.jit"):
                 continue  # seconds each, and no goal

@@ -411,6 +411,13 @@ MUTANTS = [
         "masked -k backward",
     ),
     Mutant(
+        "values of an outer trace are staged as they are",
+        "_jax.py",
+        "ours = type(x) is _pe.DynamicJaxprTracer and x._trace is trace",
+        "ours = type(x) is _pe.DynamicJaxprTracer",
+        "control_flow",
+    ),
+    Mutant(
         "lanes that have moved are no longer known to have parted",
         "_jax.py",
         "_axis_data_class(_marks(axis_data) | {mark})",
@@ -696,7 +703,7 @@ MUTANTS = [
     _without(
         "recall of what is lent",
         "_lowering.py",
-        "    _loans.recall(slot, op)\n",
+        "    _loans.recall([slot], op)\n",
         "jit/programs jit/threads",
     ),
     Mutant(

@@ -71,8 +71,8 @@ class Use:
 
 def _type_of(eqn: Any) -> int:
     """The type of the state that a get or set is on."""
-    operands = [v.aval for v in eqn.invars[eqn.primitive is set_masked_p :]]
-    return operation_type(split_row(operands, eqn.params["rows"])[1], **eqn.params)
+    others = (eqn.primitive is set_masked_p) + (eqn.params["rows"] is not None)
+    return operation_type([v.aval for v in eqn.invars[others:]], **eqn.params)
 
 
 def uses(jaxpr: Any) -> dict[int, Use]:

@@ -149,20 +149,23 @@ def set_spread(slot: Any, type_id: int, leaves: Sequence[Any]) -> None:
         lend_arrays(slot, type_id, _copy(new))
 
 
-def recall(slot: Any, op: str) -> None:
-    """Brings a state back into the store's memory, for programs that need it in place."""
-    with _core.LoanLock([slot]), _jax.eval_off_mesh():
-        leaves = _core.loan(slot)
-        if leaves is None:
-            return
-        if slot.device < 0:
-            raise NotImplementedError(
-                f"storax.{op} of {slot.name}: its state is spread over several devices, or not on a "
-                "CPU, as `storax.jit` keeps it. Use `storax.jit` for this program too."
-            )
-        try:
-            addresses = [_jax.buffer_address(x.block_until_ready()) for x in leaves]
-        except RuntimeError:
-            slot.lose()
-            return
-        slot.reclaim(addresses)
+def recall(slots: Sequence[Any], op: str) -> None:
+    """Brings states back into the store's memory, for programs that need them in place."""
+    with _core.LoanLock(slots), _jax.eval_off_mesh():
+        for slot in slots:
+            if (leaves := _core.loan(slot)) is not None:
+                _end_loan(slot, leaves, op)
+
+
+def _end_loan(slot: Any, leaves: Sequence[Any], op: str) -> None:
+    if slot.device < 0:
+        raise NotImplementedError(
+            f"storax.{op} of {slot.name}: its state is spread over several devices, or not on a "
+            "CPU, as `storax.jit` keeps it. Use `storax.jit` for this program too."
+        )
+    try:
+        addresses = [_jax.buffer_address(x.block_until_ready()) for x in leaves]
+    except RuntimeError:
+        slot.lose()
+        return
+    slot.reclaim(addresses)

@@ -70,7 +70,7 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     if order:
         _store.mesh_orders[slot_id] = order
     _jax.keep_alive(ctx, _store.Operation(slot, type_id))
-    _loans.recall(slot, op)
+    _loans.recall([slot], op)
     effect = _jax.MESH_STATE if mesh else _jax.STATE
     return _jax.ordered_ffi_call(
         ctx,

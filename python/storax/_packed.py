@@ -9,6 +9,7 @@ of the program, which it comes after too. A type's number is negative where the 
 set: whether it was, a flag before its leaves says.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -56,12 +57,11 @@ def _lower(ctx: Any, target: str, op: str, operands: Any, avals_in: Any, slots: 
     if devices not in (None, 1) or auto_axes or _jax.platforms(ctx) != ("cpu",):
         raise NeedsPureError
     _store.register_handlers()
-    numbers = [_core.process_nonce()]
-    for slot_id, type_id in slots:
-        slot = _core.share_slot(slot_id)
+    shared = [_core.share_slot(slot_id) for slot_id, _ in slots]
+    for slot in shared:
         _jax.keep_alive(ctx, _core.Pin(slot))
-        _loans.recall(slot, op)
-        numbers += [slot_id, type_id]
+    _loans.recall(shared, op)
+    numbers = [_core.process_nonce(), *itertools.chain(*slots)]
     return _jax.ffi_call(
         ctx, target, operands, avals_in, ctx.avals_out, states=np.array(numbers, np.int64)
     )

@@ -26,6 +26,11 @@ __all__ = ["frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
 
 
 class _StatePrimitive(_jax.Primitive):
+    def bind(self, *args, **params):
+        # Staged is not yet differentiated or batched: what is refused below shows then.
+        staged = _jax.stage(self, args, params)
+        return super().bind(*args, **params) if staged is None else staged
+
     def bind_with_trace(self, trace, *args):
         # JAX asks no rule of ours about an operation whose operands are not differentiated.
         if _jax.is_differentiation(trace):

@@ -118,14 +118,14 @@ void Slot::note(Event::Kind kind, const Cell& cell) noexcept {
 
 void Slot::count_get(const Cell& cell) noexcept {
   ++gets_;
-  if (watch_capacity_ > 0) note(Event::Kind::kGet, cell);
+  if (is_watched_) note(Event::Kind::kGet, cell);
 }
 
 void Slot::count_set(const Cell& cell) noexcept {
   ++sets_;
   // It is written under the lock only, which makes this cheaper than an atomic addition.
   version_.store(version_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
-  if (watch_capacity_ > 0) note(Event::Kind::kSet, cell);
+  if (is_watched_) note(Event::Kind::kSet, cell);
 }
 
 Status Slot::get(SlotId id, Device device, TypeId want, Leaves out) noexcept {
@@ -313,6 +313,7 @@ void Slot::watch(std::size_t capacity) {
   fresh.reserve(capacity);
   const SpinGuard guard(lock_);
   events_.swap(fresh);
+  is_watched_ = capacity > 0;
   watch_capacity_ = capacity;
 }
 

@@ -51,7 +51,7 @@ void Slot::drop() noexcept {
     std::string().swap(name_);
     gets_ = sets_ = 0;
     generation_ = (generation_ + 1) & 0x7fffffff;
-    watch_capacity_ = 0;
+    is_watched_ = false;
     version_.store(0, std::memory_order_release);
     live_programs.fetch_sub(programs_.exchange(0, std::memory_order_acq_rel));
     pins_.store(0, std::memory_order_release);

@@ -40,6 +40,25 @@ class Targets {
   std::size_t size_ = 0;
 };
 
+// Finds types, of which neighbours mostly share one.
+class Types {
+ public:
+  const Type* find(TypeId id) noexcept {
+    if (id != id_) {
+      type_ = find_type(id);
+      id_ = id;
+    }
+    return type_;
+  }
+
+ private:
+  TypeId id_ = kNoType;
+  const Type* type_ = nullptr;
+};
+
+// How many slots ahead to fetch from other cores' caches, where the last program may have run.
+constexpr std::size_t kAhead = 4;
+
 // Runs `operation` on each slot that was set with pointers to its leaves; `buffer(i)` is where the
 // i-th of all flags and leaves lies. Comes back with the first failure, and whose it was.
 template <class T, class Buffer, class Operation>
@@ -48,10 +67,12 @@ Status for_each(const Targets& targets, Buffer&& buffer, std::size_t* failed,
   std::array<T*, 16> few;
   std::vector<T*> many;
   std::size_t first = 0;
+  Types types;
   for (std::size_t i = 0; i < targets.size(); ++i) {
     *failed = i;
+    if (i + kAhead < targets.size()) __builtin_prefetch(find_slot(targets.slot(i + kAhead)), 1);
     Slot* slot = find_slot(targets.slot(i));
-    const Type* type = find_type(targets.type(i));
+    const Type* type = types.find(targets.type(i));
     if (slot == nullptr || type == nullptr) return Status::kDropped;
     const std::size_t leaves = type->num_leaves();
     if (targets.has_flag(i)) {
@@ -104,9 +125,10 @@ Status store(const Targets& targets, Device device, Buffer&& operand,
 // And flags.
 std::size_t num_leaves(const Targets& targets) noexcept {
   std::size_t leaves = 0;
+  Types types;
   for (std::size_t i = 0; i < targets.size(); ++i) {
     leaves += targets.has_flag(i);
-    if (const Type* type = find_type(targets.type(i)); type != nullptr)
+    if (const Type* type = types.find(targets.type(i)); type != nullptr)
       leaves += type->num_leaves();
   }
   return leaves;

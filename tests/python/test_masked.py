@@ -375,6 +375,22 @@ def test_state_in_a_backward_rule_under_a_mask(order, where, jit):
     np.testing.assert_array_equal(state, [0, 1, 1])
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_state_of_all_lanes_in_a_jit_in_a_backward_rule_under_a_mask(jit):
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(0))
+
+    @jax.jit
+    def bump():
+        storax.set_state(index, storax.get_state(index, jnp.float32(0)) + 1)
+
+    f = jax.custom_vjp(lambda x: x)
+    f.defvjp(lambda x: (x, None), lambda _, ct: (bump(), (ct,))[1])
+    g = jit(jax.grad(lambda xs: jax.vmap(lambda x: lax.cond(x > 1, f, lambda x: x, x))(xs).sum()))
+    with pytest.raises(NotImplementedError, match="no longer known"):
+        g(jnp.array([0.0, 2.0, 3.0]))
+
+
 def _loop(how, f):
     """A loop without state that runs `f` twice if x > 1."""
     if how == "while":  # lanes end at different times

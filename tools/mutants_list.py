@@ -413,8 +413,8 @@ MUTANTS = [
     Mutant(
         "values of an outer trace are staged as they are",
         "_jax.py",
-        "ours = type(x) is _pe.DynamicJaxprTracer and x._trace is trace",
-        "ours = type(x) is _pe.DynamicJaxprTracer",
+        "return type(x) is _pe.DynamicJaxprTracer and x._trace is trace",
+        "return type(x) is _pe.DynamicJaxprTracer",
         "control_flow",
     ),
     Mutant(

@@ -340,15 +340,24 @@ def bind_equation(eqn: Any, args: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def _direct_trace() -> Any:
+    """The trace under way, if operations can be added to it directly; else None."""
+    trace = _core.trace_ctx.trace
+    return trace if VERSION in TESTED and type(trace) is _pe.DynamicJaxprTrace else None
+
+
+def _is_of(x: Any, trace: Any) -> bool:
+    return type(x) is _pe.DynamicJaxprTracer and x._trace is trace
+
+
 def stage_again(eqn: Any, env: dict[Any, Any]) -> list[Any] | None:
     """Adds an equation of an earlier trace to the one under way, as it stands; None if that won't do.
 
     Gives what `bind_equation` gives, at a third of the cost, as no rule is asked again.
     """
-    trace = _core.trace_ctx.trace
+    trace = _direct_trace()
     if (
-        VERSION not in TESTED
-        or type(trace) is not _pe.DynamicJaxprTrace
+        trace is None
         or eqn.effects
         or eqn.primitive in _pe.custom_staging_rules
         or eqn.primitive in _pe.forwarding_rules
@@ -362,7 +371,7 @@ def stage_again(eqn: Any, env: dict[Any, Any]) -> list[Any] | None:
             x = _pe.DynamicJaxprTracer(trace, v.aval, v, eqn.source_info)
         else:
             x = env[v]
-            if type(x) is not _pe.DynamicJaxprTracer or x._trace is not trace or x.aval != v.aval:
+            if not _is_of(x, trace) or x.aval != v.aval:
                 return None
         tracers.append(x)
     avals = [v.aval for v in eqn.outvars]
@@ -375,13 +384,11 @@ def stage(primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> list[A
 
     Gives what `primitive.bind` gives, at half the cost: there is nothing to be converted or lifted.
     """
-    trace = _core.trace_ctx.trace
-    if VERSION not in TESTED or type(trace) is not _pe.DynamicJaxprTrace or not args:
+    trace = _direct_trace()
+    if trace is None or not args:
         return None
-    for x in args:
-        ours = type(x) is _pe.DynamicJaxprTracer and x._trace is trace
-        if not ours or not x.aval.sharding.mesh.empty:
-            return None
+    if not all(_is_of(x, trace) and x.aval.sharding.mesh.empty for x in args):
+        return None
     avals, effects = primitive.abstract_eval(*[x.aval for x in args], **params)
     source_info = _source_info.current()
     return trace.emit_eqn(list(args), avals, primitive, params, effects, source_info)

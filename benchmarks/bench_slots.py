@@ -1,7 +1,7 @@
 """One read-modify-write of each of N states per call: what state costs the caller of a program."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ GOALS = {
 }
 # That storax.jit is to be 30 times as fast as, with 100 slots.
 PEERS = ("ref", "eqx", "nnx")
+# The least a call takes. XLA runs a program of more than 1,000 operations on a thread of its own,
+# and what starting it there takes is most of what a call with 10 states does.
+STATELESS = "stateless"
 
 
 def measure(quick: bool, large: bool) -> Findings:
@@ -24,7 +27,8 @@ def measure(quick: bool, large: bool) -> Findings:
         "One read-modify-write of each of N states per call",
         "A call of a jitted function adds its argument to each of N states of f32[128], and returns "
         "a sum. Calls follow one another without waiting for the results, as in a training loop. "
-        "The first call traces and compiles.",
+        "The first call traces and compiles. A call without state, of as many additions, shows what "
+        "any call costs here: XLA runs programs of more than 1,000 operations on another thread.",
     )
     contenders = []
     for c in CONTENDERS:
@@ -57,12 +61,13 @@ def _measure(found: Findings, n: int, contenders: Sequence[Contender], quick: bo
     rounds = 20 if quick else 300 if n < 1000 else 60 if n == 1000 else 12
     # Several calls of each in a row: the first of them finds what the others have left in the caches.
     samples = Clock(rounds, seconds=0.001 if n < 1000 else 0.02).measure(
-        {key: repeated(each) for key, each in counted.items()}
+        {key: repeated(each) for key, each in (counted | {STATELESS: _stateless(n)}).items()}
     )
     for each in counted.values():
         each.check()
 
     labels = {c.key: c.label for c in contenders}
+    labels[STATELESS] = "no state: the same additions, to one array"
     title = f"{n:,} state{'s' * (n > 1)}"
     found.add_table(title, samples, labels, HAND, first_calls, slots=n)
     if not on_cpu():
@@ -89,6 +94,13 @@ def _first_call(slots: Slots) -> float:
         start = time.perf_counter()
         jax.block_until_ready(slots.step(x))
         return time.perf_counter() - start
+
+
+def _stateless(n: int) -> Callable[[], jax.Array]:
+    """A call of a jitted function that does as many additions, with nothing to remember."""
+    program, x = jax.jit(lambda x: x + 1), jnp.zeros((n, *SHAPE))
+    program(x)
+    return lambda: program(x)
 
 
 class _Counted:

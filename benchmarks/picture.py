@@ -24,8 +24,10 @@ COLOURS = {
     "eqx": "#2a9d8f",
     "nnx": "#b58900",
     "io_callback": FAINT,
+    "stateless": "#c4c4c4",
 }
 STYLES = {
+    "stateless": ":",
     "ref-passed": "--",
     "eqx-jax.jit": "--",
     "nnx-tree": "--",

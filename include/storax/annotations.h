@@ -13,3 +13,4 @@
 #define STORAX_REQUIRES(mutex) STORAX_ANNOTATE(requires_capability(mutex))
 #define STORAX_ACQUIRE(...) STORAX_ANNOTATE(acquire_capability(__VA_ARGS__))
 #define STORAX_RELEASE(...) STORAX_ANNOTATE(release_capability(__VA_ARGS__))
+#define STORAX_NO_ANALYSIS STORAX_ANNOTATE(no_thread_safety_analysis)

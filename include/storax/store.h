@@ -60,6 +60,22 @@ class Loan {
 // Differs from what it was if any state has been lent out, or called back, or needs to be in place.
 std::int64_t layout_epoch() noexcept;
 
+// Is written under a lock, and may be looked at without it.
+template <class T>
+class Shown {
+ public:
+  Shown(T value = T{}) noexcept : value_(value) {}
+  Shown(const Shown& other) noexcept : value_(T{other}) {}
+  Shown& operator=(const Shown& other) noexcept {
+    value_.store(T{other}, std::memory_order_relaxed);
+    return *this;
+  }
+  operator T() const noexcept { return value_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<T> value_;
+};
+
 class alignas(64) Slot {
  public:
   // Copies the state into `out`, laid out as `want` says.
@@ -86,6 +102,11 @@ class alignas(64) Slot {
 
   // What a set would report; kOk if it would be the first one.
   Status can_set(SlotId id, Device device, TypeId type) noexcept;
+  // Whether a set needs but to copy. For those whose share keeps the slot alive; it takes no lock,
+  // and as after can_set, another thread may change what it found.
+  bool looks_settled(Device device, TypeId type) const noexcept STORAX_NO_ANALYSIS {
+    return type_id_ == type && home_.device == device;
+  }
 
   // A message for a failed operation: which index, what it holds, what was asked, how to mend it.
   // `op` is "get_state" or "set_state".
@@ -146,7 +167,7 @@ class alignas(64) Slot {
   friend SlotId create_slot_id(std::string name);
 
   struct Cell {
-    Device device = kNoDevice;
+    Shown<Device> device = kNoDevice;
     std::byte* data = nullptr;
   };
 
@@ -172,7 +193,7 @@ class alignas(64) Slot {
   SpinLock lock_;
   bool is_watched_ STORAX_GUARDED_BY(lock_) = false;
   std::uint32_t generation_ STORAX_GUARDED_BY(lock_) = 0;
-  TypeId type_id_ STORAX_GUARDED_BY(lock_) = kNoType;
+  Shown<TypeId> type_id_ STORAX_GUARDED_BY(lock_) = kNoType;
   std::atomic<std::int32_t> refs_{0};
   const Type* type_ STORAX_GUARDED_BY(lock_) = nullptr;
   Cell home_ STORAX_GUARDED_BY(lock_);

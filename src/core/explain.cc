@@ -62,7 +62,7 @@ std::string Slot::explain(SlotId id, Status status, std::string_view op, Device 
     if (!is_live(id)) status = Status::kDropped;
     name = name_;
     held = type_;
-    home = home_.data == nullptr ? loan_device_ : home_.device;
+    home = home_.data == nullptr ? loan_device_ : Device{home_.device};
   }
   const Type* asked = find_type(asked_id);
   if (held != nullptr) held_text = held->str();

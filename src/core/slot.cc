@@ -287,7 +287,7 @@ TypeId Slot::type() noexcept {
 Device Slot::device() noexcept {
   const SpinGuard guard(lock_);
   if (type_ == nullptr || type_->is_mapped()) return kNoDevice;
-  return home_.data == nullptr ? loan_device_ : home_.device;
+  return home_.data == nullptr ? loan_device_ : Device{home_.device};
 }
 
 std::vector<Device> Slot::devices() {

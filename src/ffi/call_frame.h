@@ -28,20 +28,36 @@ inline const std::int64_t* find_state(const XLA_FFI_CallFrame& frame) noexcept {
   return as_ours ? static_cast<const std::int64_t*>(state.data) : nullptr;
 }
 
+// Whether there was no error; one that there was goes.
+inline bool succeeded(const XLA_FFI_CallFrame& frame, XLA_FFI_Error* error) noexcept {
+  if (error == nullptr) return true;
+  XLA_FFI_Error_Destroy_Args args{};
+  args.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
+  args.error = error;
+  frame.api->XLA_FFI_Error_Destroy(&args);
+  return false;
+}
+
 // Whether XLA knows on which device this runs.
 inline bool find_device(const XLA_FFI_CallFrame& frame, std::int32_t* device) noexcept {
   XLA_FFI_DeviceOrdinal_Get_Args args{};
   args.struct_size = XLA_FFI_DeviceOrdinal_Get_Args_STRUCT_SIZE;
   args.ctx = frame.ctx;
-  if (XLA_FFI_Error* error = frame.api->XLA_FFI_DeviceOrdinal_Get(&args); error != nullptr) {
-    XLA_FFI_Error_Destroy_Args destroy{};
-    destroy.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
-    destroy.error = error;
-    frame.api->XLA_FFI_Error_Destroy(&destroy);
-    return false;
-  }
+  if (!succeeded(frame, frame.api->XLA_FFI_DeviceOrdinal_Get(&args))) return false;
   *device = args.device_ordinal;
   return true;
+}
+
+// What was made when the program was instantiated; nullptr if XLA doesn't have it.
+template <class T>
+const T* find_instance(const XLA_FFI_CallFrame& frame) noexcept {
+  XLA_FFI_State_Get_Args args{};
+  args.struct_size = XLA_FFI_State_Get_Args_STRUCT_SIZE;
+  args.ctx = frame.ctx;
+  args.stage = XLA_FFI_ExecutionStage_INSTANTIATE;
+  args.type_id = &T::id;
+  if (!succeeded(frame, frame.api->XLA_FFI_State_Get(&args))) return nullptr;
+  return static_cast<const T*>(args.state);
 }
 
 // The leaves among the operands or results of a frame: all but the token in front.

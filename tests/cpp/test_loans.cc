@@ -87,6 +87,27 @@ BOOST_AUTO_TEST_CASE(a_lost_state_can_be_set_again_where_it_was) {
   BOOST_TEST(held(lent.slot, lent.type) == lent.state);
 }
 
+BOOST_AUTO_TEST_CASE(a_state_looks_settled_where_a_set_needs_but_to_copy) {
+  Lent lent;
+  const TypeId other = make_type(std::vector{f32({4})});
+  const auto settled = [&] { return lent.slot->looks_settled(0, lent.type); };
+  BOOST_TEST(settled());
+  BOOST_TEST(!lent.slot->looks_settled(1, lent.type));
+  BOOST_TEST(!lent.slot->looks_settled(0, other));
+  BOOST_REQUIRE(lent.lend() == Status::kOk);
+  BOOST_TEST(!settled());
+  BOOST_REQUIRE(lent.slot->reclaim(lent.slot.id(), lent.state.in()) == Status::kOk);
+  BOOST_TEST(settled());
+  BOOST_REQUIRE(lent.lend() == Status::kOk);
+  lent.slot->lose();
+  BOOST_TEST(!settled());
+
+  const SlotRef unset = SlotRef::create("unset");
+  BOOST_TEST(!unset->looks_settled(0, lent.type));
+  BOOST_REQUIRE(set(unset, lent.type, lent.state) == Status::kOk);
+  BOOST_TEST(unset->looks_settled(0, lent.type));
+}
+
 BOOST_AUTO_TEST_CASE(a_first_state_may_be_lent_at_once) {
   std::atomic<int> ended = 0;
   {

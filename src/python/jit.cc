@@ -10,6 +10,7 @@
 #include <atomic>
 #include <bit>
 #include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -94,14 +95,12 @@ class Program {
  public:
   Program(nb::object call, const std::vector<nb::object>& donated,
           const std::vector<nb::object>& kept, const std::vector<nb::object>& read)
-      : call_(std::move(call)) {
-    share(donated, &donated_);
-    share(kept, &kept_and_read_);
-    share(read, &kept_and_read_);
-    share(donated, &changed_);
-    share(kept, &changed_);
-    for (const SlotRef& ref : donated_) slots_.push_back(&*ref);
-    for (const SlotRef& ref : kept_and_read_) slots_.push_back(&*ref);
+      : call_(std::move(call)),
+        num_donated_(donated.size()),
+        num_changed_(donated.size() + kept.size()) {
+    share(donated);
+    share(kept);
+    share(read);
   }
 
   // The states are where the program expects them, as long as layout_epoch() is this.
@@ -116,16 +115,18 @@ class Program {
     const LoanLock lock(slots_);
     if (!is_ready()) return nullptr;
     std::vector<PyObject*> args(size + 2);
-    const nb::object donated = leaves_of(donated_), others = leaves_of(kept_and_read_);
+    const std::span<Slot* const> slots = slots_, changed = slots.first(num_changed_);
+    const nb::object donated = leaves_of(slots.first(num_donated_));
+    const nb::object others = leaves_of(slots.subspan(num_donated_));
     args[0] = donated.ptr();
     args[1] = others.ptr();
     std::copy(arrays, arrays + size, args.begin() + 2);
     PyObject* result = nullptr;
     {
-      const Work work(changed_);
+      const Work work(changed);
       result = PyObject_Vectorcall(call_.ptr(), args.data(), args.size(), nullptr);
     }
-    return restored(changed_.size() > 0 ? take_result(nb::steal(result)) : result);
+    return restored(changed.empty() ? result : take_result(nb::steal(result), changed));
   }
 
   int traverse(visitproc visit, void* arg) {
@@ -135,19 +136,20 @@ class Program {
   void clear() { call_.reset(); }
 
  private:
-  static void share(const std::vector<nb::object>& slots, std::vector<SlotRef>* refs) {
+  void share(const std::vector<nb::object>& slots) {
     for (const nb::object& s : slots) {
       SlotRef ref = SlotRef::share(nb::cast<SlotRef&>(s).id());
       if (!ref) throw std::runtime_error("storax: a StateIndex is gone");
-      refs->push_back(std::move(ref));
+      slots_.push_back(&*ref);
+      refs_.push_back(std::move(ref));
     }
   }
 
-  static nb::object leaves_of(const std::vector<SlotRef>& refs) {
-    nb::object states = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(refs.size())));
+  static nb::object leaves_of(std::span<Slot* const> slots) {
+    nb::object states = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(slots.size())));
     if (!states.is_valid()) nb::raise_python_error();
-    for (std::size_t i = 0; i < refs.size(); ++i) {
-      PyObject* leaves = loan_of(*refs[i])->leaves().inc_ref().ptr();
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      PyObject* leaves = loan_of(*slots[i])->leaves().inc_ref().ptr();
       PyTuple_SET_ITEM(states.ptr(), static_cast<Py_ssize_t>(i), leaves);
     }
     return states;
@@ -157,20 +159,21 @@ class Program {
     return result == nullptr ? nullptr : restore(nb::steal(result)).release().ptr();
   }
 
-  PyObject* take_result(nb::object result) {
+  static PyObject* take_result(nb::object result, std::span<Slot* const> changed) {
     if (!result.is_valid()) return nullptr;
     PyObject* states = PyTuple_GET_ITEM(result.ptr(), 0);
-    for (std::size_t i = 0; i < changed_.size(); ++i) {
-      loan_of(*changed_[i])
+    for (std::size_t i = 0; i < changed.size(); ++i) {
+      loan_of(*changed[i])
           ->replace(nb::borrow(PyTuple_GET_ITEM(states, static_cast<Py_ssize_t>(i))));
-      changed_[i]->count_lent_set();
+      changed[i]->count_lent_set();
     }
     return Py_NewRef(PyTuple_GET_ITEM(result.ptr(), 1));
   }
 
   nb::object call_;
-  std::vector<SlotRef> donated_, kept_and_read_, changed_;
-  std::vector<Slot*> slots_;
+  std::vector<SlotRef> refs_;
+  std::vector<Slot*> slots_;  // of the same: donated, kept and read
+  std::size_t num_donated_, num_changed_;
   std::atomic<std::int64_t> epoch_{-1};
 };
 

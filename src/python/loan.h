@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include <cstddef>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -54,17 +55,17 @@ class LoanLock {
 // Says that a program works on these in place. The caller holds their mutexes.
 class Work {
  public:
-  explicit Work(const std::vector<SlotRef>& slots) noexcept : slots_(slots) {
-    for (const SlotRef& slot : slots_) slot->work(1);
+  explicit Work(std::span<Slot* const> slots) noexcept : slots_(slots) {
+    for (Slot* slot : slots_) slot->work(1);
   }
   Work(const Work&) = delete;
   Work& operator=(const Work&) = delete;
   ~Work() {
-    for (const SlotRef& slot : slots_) slot->work(-1);
+    for (Slot* slot : slots_) slot->work(-1);
   }
 
  private:
-  const std::vector<SlotRef>& slots_;
+  std::span<Slot* const> slots_;
 };
 
 }  // namespace storax::python

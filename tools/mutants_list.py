@@ -225,7 +225,20 @@ MUTANTS = [
     _never(
         "looks for types of the store's making", "_slot.py", "if number not in _parts:", "devices"
     ),
-    _never("notes the order of a mesh", "_lowering.py", "if order:", "devices"),
+    Mutant(
+        "never notes the order of a mesh",
+        "_lowering.py",
+        '_jax.mesh_ordinals(ctx) if mesh and op == "set_state" else ()',
+        "()",
+        "devices",
+    ),
+    Mutant(
+        "what barrier catches counts as told",
+        "_store.py",
+        'if not getattr(_catching, "now", False):',
+        "if True:",
+        "devices -k nobody",
+    ),
     _without(
         "check of a frozen state in a program",
         "_lowering.py",
@@ -747,6 +760,33 @@ MUTANTS = [
         "_specialise.py",
         "if made and any_of_slots(result, made):",
         "jit/calls",
+    ),
+    # --- State that is hidden from JAX ---
+    _without(
+        "the check for hidden state",
+        "_install.py",
+        '        ("jit", _refused.install_hidden_state),\n',
+        "takes_a_function -k hidden",
+    ),
+    Mutant(
+        "state is hidden in a parameter",
+        "_jax.py",
+        "if has_state(*inner_jaxprs(params)) and not any(",
+        "if False and not any(",
+        "takes_a_function -k hidden",
+    ),
+    _never(
+        "looks at what is traced for a shape",
+        "_jax.py",
+        "if primitive is not None and has_state(jaxpr):",
+        "takes_a_function -k hidden",
+    ),
+    Mutant(
+        "state is hidden in a partial evaluation",
+        "_jax.py",
+        "_evaluating(primitive) if any(unknown) else",
+        "_evaluating(primitive) if False else",
+        "takes_a_function -k hidden",
     ),
     # --- Equinox's loops ---
     _without(

@@ -152,6 +152,13 @@ class alignas(64) Slot {
   void count_lent_set() noexcept;
   bool has_memory() noexcept;  // neither unset, nor lent out, nor lost
 
+  // In which order the devices of a mapped state stand in their mesh, as a number of the caller's:
+  // that of the last program to have set it. 0 if none has.
+  std::int32_t mesh_order() const noexcept { return mesh_order_.load(std::memory_order_acquire); }
+  void set_mesh_order(std::int32_t order) noexcept {
+    mesh_order_.store(order, std::memory_order_release);
+  }
+
   // Pins keep a state in place, as programs do: for those that are still to come.
   bool is_pinned() const noexcept {
     return pins_.load(std::memory_order_acquire) > 0 || num_programs() > 0;
@@ -213,6 +220,7 @@ class alignas(64) Slot {
   std::unique_ptr<Loan> loan_ STORAX_GUARDED_BY(lock_);
   Device loan_device_ STORAX_GUARDED_BY(lock_) = kNoDevice;
   std::atomic<std::int64_t> pins_{0};
+  std::atomic<std::int32_t> mesh_order_{0};
 };
 
 // The slot that `id` names, or a later user of its table entry; nullptr if no slot ever had it. The

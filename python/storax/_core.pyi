@@ -34,6 +34,14 @@ class Slot:
         """Grows with every set."""
 
     @property
+    def mesh_order(self) -> int:
+        """
+        In which order its devices stand in their mesh: a number of the caller's, 0 if unknown.
+        """
+
+    @mesh_order.setter
+    def mesh_order(self, arg: int, /) -> None: ...
+    @property
     def num_gets(self) -> int: ...
     @property
     def num_sets(self) -> int: ...

@@ -52,6 +52,7 @@ _dtypes = _private("dtypes")  # short names
 _effects = _private("effects")  # the registries of effects
 _pjit = _private("pjit")  # when a call may take the C++ path
 _source_info = _private("source_info_util")  # equations that we stage ourselves
+_util = _private("util")  # how abstract evaluation is remembered
 _ad = _private("interpreters.ad")
 _lu = _private("linear_util")  # wrap_init, for the rules of custom derivatives
 _batching = _private("interpreters.batching")  # fancy_primitive_batchers, AxisData
@@ -308,10 +309,10 @@ def call_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
     return _core.eval_jaxpr(open_jaxpr(jaxpr), jaxpr.consts, *args)
 
 
-def inner_jaxprs(eqn: Any) -> list[Any]:
+def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     """The jaxprs among an equation's parameters, opened."""
     found = []
-    for value in eqn.params.values():
+    for value in params.values():
         for x in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(x, _core.Jaxpr) or type(x).__name__ == "ClosedJaxpr":
                 found.append(open_jaxpr(x))
@@ -321,7 +322,7 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
 def has_rules(eqn: Any) -> bool:
     """Whether an equation is, or contains, a function with a rule of its own for its derivative."""
     return eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call") or any(
-        has_rules(inner) for jaxpr in inner_jaxprs(eqn) for inner in jaxpr.eqns
+        has_rules(inner) for jaxpr in inner_jaxprs(eqn.params) for inner in jaxpr.eqns
     )
 
 
@@ -681,6 +682,57 @@ def wrap_while_loop(make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
     modules: tuple[Any, ...] = (_loops, _control_flow, lax)
     for module in modules:
         module.while_loop = made
+
+
+_evaluation = threading.local()
+
+
+@contextlib.contextmanager
+def _evaluating(primitive: Any) -> Iterator[None]:
+    before = getattr(_evaluation, "primitive", None)
+    _evaluation.primitive = primitive
+    try:
+        yield
+    finally:
+        _evaluation.primitive = before
+
+
+def on_hidden_state(refuse: Callable[[str], None]) -> None:
+    """Calls `refuse(name)` for a primitive whose equations would hide what their function does to state.
+
+    JAX would leave such an equation out, or run it out of order. Some have their function's jaxpr among
+    their parameters, but not its effects; others trace it anew when they are asked for their results'
+    shapes. JAX remembers what it has been told of those, so that all this costs next to nothing.
+    """
+
+    def abstract_eval(primitive, *avals, **params):
+        with _evaluating(primitive):
+            out, effects = primitive.abstract_eval(*avals, **params)
+        if has_state(*inner_jaxprs(params)) and not any(
+            isinstance(e, StateEffect) for e in effects
+        ):
+            refuse(primitive.name)
+        return out, effects
+
+    _pe._cached_abstract_eval = _util.multi_weakref_lru_cache(abstract_eval)
+    partially, to_jaxpr = _pe.JaxprTrace.default_process_primitive, _pe.JaxprStackFrame.to_jaxpr
+
+    def partially_and_look(self, primitive, tracers, params):
+        unknown = (
+            type(t) is _pe.JaxprTracer and t._trace is self and not t.is_known() for t in tracers
+        )
+        with _evaluating(primitive) if any(unknown) else contextlib.nullcontext():
+            return partially(self, primitive, tracers, params)
+
+    def to_jaxpr_and_look(self, *args, **kwargs):
+        jaxpr, consts = to_jaxpr(self, *args, **kwargs)
+        primitive = getattr(_evaluation, "primitive", None)
+        if primitive is not None and has_state(jaxpr):
+            refuse(primitive.name)
+        return jaxpr, consts
+
+    _pe.JaxprTrace.default_process_primitive = partially_and_look
+    _pe.JaxprStackFrame.to_jaxpr = to_jaxpr_and_look
 
 
 # --- Patches, installed with the first index ------------------------------------------------------

@@ -90,6 +90,9 @@ class Jitted(_core.Dispatcher):
 
     def __init__(self, fun: Callable[..., Any], pack: bool | None, donate: bool, options: dict):
         install()
+        for name, flag in (("pack", pack), ("donate", donate)):
+            if not isinstance(flag, bool) and (name, flag) != ("pack", None):
+                raise TypeError(f"storax.jit: `{name}` must be a bool, not {flag!r}.")
         jax.jit(fun, **options)  # whatever is wrong with the options is raised here
         self._given = options
         options = dict(options)

@@ -55,8 +55,9 @@ def _refuse(ctx, slot, op):
         )
 
 
-def _state_attribute(slot, type_id):
-    return np.array([slot.id, type_id, _core.process_nonce()], np.int64)
+def _state_attribute(slot, type_id, order=()):
+    number = _store.mesh_order_number(order) if order else 0
+    return np.array([slot.id, number << 32 | type_id, _core.process_nonce()], np.int64)
 
 
 def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
@@ -66,12 +67,10 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     _store.register_handlers()
     if mesh:
         _store.mesh_slots.add(slot_id)
-    order = _jax.mesh_ordinals(ctx)
-    if order:
-        _store.mesh_orders[slot_id] = order
     _jax.keep_alive(ctx, _store.Operation(slot, type_id))
     _loans.recall([slot], op)
     effect = _jax.MESH_STATE if mesh else _jax.STATE
+    order = _jax.mesh_ordinals(ctx) if mesh and op == "set_state" else ()
     return _jax.ordered_ffi_call(
         ctx,
         effect,
@@ -79,7 +78,7 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
         operands,
         avals_in,
         ctx.avals_out,
-        state=_state_attribute(slot, type_id),
+        state=_state_attribute(slot, type_id, order),
     )
 
 

@@ -63,7 +63,7 @@ def take(slot: Slot) -> Snapshot | None:
         # What is spread over several devices, or not on a CPU, comes back on one.
         device = core.device if core.device >= 0 else home()
         data[device] = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in lent]
-    return Snapshot(type_id, data, _store.mesh_orders.get(slot.id))
+    return Snapshot(type_id, data, _store.mesh_order(core))
 
 
 def _bytes(core: Any, type_id: int, device: int) -> list[np.ndarray]:
@@ -83,7 +83,7 @@ def put(snapshot: Snapshot | None, slot: Slot) -> None:
             device = home()
         slot.core.set(type_id, device, [x.ctypes.data for x in leaves])
     if snapshot.order is not None:
-        _store.mesh_orders[slot.id] = snapshot.order
+        slot.core.mesh_order = _store.mesh_order_number(tuple(snapshot.order))
 
 
 def copy_slot(slot: Slot) -> Slot:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,9 +84,13 @@ def register_handlers() -> None:
     atexit.register(_report_at_exit)
 
 
+_catching = threading.local()
+
+
 def _told(message: str) -> None:
     """JAX has just raised this to somebody."""
-    _core.acknowledge_failure(message)
+    if not getattr(_catching, "now", False):
+        _core.acknowledge_failure(message)
     if "storax." in message:
         _jax.forget_failed_tokens()
 
@@ -153,11 +158,14 @@ def _wait_for_devices() -> None:
 
 
 def _wait_for_meshes() -> None:
+    _catching.now = True
     try:
         jax.effects_barrier()
     except RuntimeError:
         # One of ours is in the record; another's is for whoever blocks on its outputs.
         _jax.forget_failed_tokens()
+    finally:
+        _catching.now = False
 
 
 def barrier() -> None:
@@ -241,15 +249,27 @@ def get(slot: Any, structure: Any, like: Sequence[Any], levels: tuple, mesh: tup
     )
 
 
-# Where each mapped state's devices stand in their mesh: the ordinals in the mesh's order, by slot.
-mesh_orders: dict[int, tuple[int, ...]] = {}
+# Of meshes that programs were lowered for: the ordinals of their devices in the mesh's order, and the
+# numbers that slots know them by. 0 is for none.
+_mesh_orders: list[tuple[int, ...]] = [()]
+
+
+def mesh_order_number(order: tuple[int, ...]) -> int:
+    if order not in _mesh_orders:
+        _mesh_orders.append(order)
+    return _mesh_orders.index(order)
+
+
+def mesh_order(slot: Any) -> tuple[int, ...] | None:
+    """The ordinals of a mapped state's devices in the order of the mesh, if a program has set it."""
+    return _mesh_orders[slot.mesh_order] or None
 
 
 def get_mapped(slot: Any, parts: Any) -> list[np.ndarray]:
     """A state per device as one array per leaf, with the mapped mesh axes in front."""
     settle(slot)
     sizes = tuple(size for _, size in parts.mesh)
-    order = mesh_orders.get(slot.id, range(int(np.prod(sizes))))
+    order = mesh_order(slot) or range(int(np.prod(sizes)))
     rows = [slot.get(slot.type, ordinal) for ordinal in order]
     return [
         np.stack([np.asarray(row[k]) for row in rows]).view(kind.stored).reshape(*sizes, *shape)

@@ -55,6 +55,7 @@ void Slot::drop() noexcept {
     version_.store(0, std::memory_order_release);
     live_programs.fetch_sub(programs_.exchange(0, std::memory_order_acq_rel));
     pins_.store(0, std::memory_order_release);
+    set_mesh_order(0);
   }
   live_slots.fetch_sub(1);
   Table& t = table();

@@ -23,10 +23,14 @@ namespace xf = ::xla::ffi;
 struct Target {
   SlotId slot;
   TypeId type;
+  std::int32_t mesh_order;
   std::int64_t nonce;
 
   explicit Target(xf::Span<const std::int64_t> state) noexcept
-      : slot(state[0]), type(static_cast<TypeId>(state[1])), nonce(state[2]) {}
+      : slot(state[0]),
+        type(static_cast<TypeId>(state[1] & 0xffffffff)),
+        mesh_order(static_cast<std::int32_t>(state[1] >> 32)),
+        nonce(state[2]) {}
 };
 
 // One pointer per leaf, without an allocation for states of a few leaves.
@@ -59,6 +63,16 @@ xf::Error guarded(const Target& target, std::string_view op, Device device, Body
   return failure(target.slot, target.type, status, op, device);
 }
 
+// Runs a set, and notes the order of its mesh's devices if something was set.
+template <class Set>
+Status noting_order(Slot& slot, const Target& target, Set&& set) noexcept {
+  if (target.mesh_order == 0) return set();
+  const std::int64_t before = slot.num_sets();
+  const Status status = set();
+  if (slot.num_sets() != before) slot.set_mesh_order(target.mesh_order);
+  return status;
+}
+
 xf::Error get(std::int32_t device, xf::Span<const std::int64_t> state, xf::RemainingArgs,
               xf::RemainingRets results) {
   const Target target(state);
@@ -83,7 +97,8 @@ xf::Error set(std::int32_t device, xf::Span<const std::int64_t> state, xf::Remai
     const std::size_t leaves = args.size() - 1;
     Pointers<const std::byte*> in(leaves);
     for (std::size_t k = 0; k < leaves; ++k) in[k] = bytes_of(args, k + 1);
-    return slot.set(target.slot, device, target.type, in.span());
+    return noting_order(slot, target,
+                        [&] { return slot.set(target.slot, device, target.type, in.span()); });
   });
 }
 
@@ -98,7 +113,9 @@ xf::Error set_masked(std::int32_t device, xf::Span<const std::int64_t> state,
       masks[k] = reinterpret_cast<const bool*>(bytes_of(args, k + 1));
       in[k] = bytes_of(args, leaves + k + 1);
     }
-    return slot.set_masked(target.slot, device, target.type, masks.span(), in.span());
+    return noting_order(slot, target, [&] {
+      return slot.set_masked(target.slot, device, target.type, masks.span(), in.span());
+    });
   });
 }
 
@@ -233,7 +250,8 @@ bool set_quickly(const XLA_FFI_CallFrame& frame) noexcept {
   const XLA_FFI_Args& args = frame.args;
   const LeafBuffers<const std::byte> in(args.size, args.types, args.args, XLA_FFI_ArgType_BUFFER);
   return in.valid() && succeeds(frame, [&](Slot& slot, const Target& target, Device device) {
-           return slot.set(target.slot, device, target.type, in.span());
+           return noting_order(
+               slot, target, [&] { return slot.set(target.slot, device, target.type, in.span()); });
          });
 }
 

@@ -1,7 +1,8 @@
 // XLA FFI handlers for programs on one platform. This layer decodes XLA's call frames and knows the
 // core; it does not know Python.
 //
-// A call's attribute `state` is an array of three i64: slot id, type id, and process_nonce().
+// A call's attribute `state` is an array of three i64: slot id; type id, and above its 32 bits the
+// number of a mesh's order that a set is to note; and process_nonce().
 // Operands and results start with a token, which orders the calls of a program:
 //   get:         (token)                 -> (token, leaf...)
 //   set:         (token, leaf...)        -> (token)

@@ -291,6 +291,10 @@ NB_MODULE(_core, m) {
       .def_prop_ro("devices", [](const SlotRef& s) { return s->devices(); })
       .def_prop_ro(
           "version", [](const SlotRef& s) { return s->version(); }, "Grows with every set.")
+      .def_prop_rw(
+          "mesh_order", [](const SlotRef& s) { return s->mesh_order(); },
+          [](const SlotRef& s, std::int32_t order) { s->set_mesh_order(order); },
+          "In which order its devices stand in their mesh: a number of the caller's, 0 if unknown.")
       .def_prop_ro("num_gets", [](const SlotRef& s) { return s->num_gets(); })
       .def_prop_ro("num_sets", [](const SlotRef& s) { return s->num_sets(); })
       .def_prop_ro(

@@ -1,5 +1,9 @@
 """State per device under shard_map and pmap, on four virtual CPU devices."""
 
+import copy
+import pickle
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -338,6 +342,31 @@ def test_from_the_host():
     np.testing.assert_allclose(storax.get_state(per_device(mesh=reverse), jnp.zeros(4)), S0)
 
 
+def test_the_order_on_the_host_is_that_of_the_program_that_set_it_last():
+    index, devices = per_device(), np.array(jax.devices())
+    reverse, few = Mesh(devices[::-1], ("i",)), Mesh(devices[:2], ("i",))
+    on_host = lambda i: storax.get_state(i, jnp.zeros(4)).tolist()
+    put = lambda mesh: jax.jit(shard(lambda x: storax.set_state(index, x[0]), mesh, out_specs=P()))
+
+    put(reverse).lower(X)  # runs nothing
+    assert on_host(index) == on_host(copy.deepcopy(index)) == S0.tolist()
+    put(few)(X[:2])
+    with pytest.raises(RuntimeError, match="mesh axes 'i' of size 4, but the new state is"):
+        storax.barrier()
+    assert on_host(index) == on_host(pickle.loads(pickle.dumps(index))) == S0.tolist()
+
+    def where_large(x):
+        bump = lambda: storax.set_state(index, x[0])
+        jax.vmap(lambda large: lax.cond(large, bump, lambda: None))(x > 9)
+
+    never = jax.jit(shard(where_large, reverse, out_specs=P()))
+    never(X)
+    assert on_host(index) == S0.tolist()
+    put(reverse)(10 * X)
+    assert on_host(index) == on_host(copy.deepcopy(index)) == (10 * X).tolist()
+    assert read(index).tolist() == (10 * X[::-1]).tolist()
+
+
 def test_what_is_got_differs_from_device_to_device():
     """JAX must know: it adds up what each device makes of a gradient, and checks what is returned."""
     index = per_device()
@@ -511,3 +540,28 @@ def test_good_work_after_a_failure_on_devices():
         except RuntimeError as e:
             raise AssertionError("raised twice") from e
         np.testing.assert_allclose(counts(jnp.asarray(X)), X * (S0 + k * X))
+
+
+@pytest.mark.parametrize("how", ["eager", "jit", "storax.jit", "pmap"])
+@pytest.mark.parametrize("what", ["set", "get"])
+def test_failures_on_devices_are_raised_though_nobody_waits_for_results(what, how):
+    index = per_device() if what == "set" else storax.StateIndex()
+
+    def fails(x):
+        if what == "set":
+            storax.set_state(index, x.reshape(-1).astype(int))
+        else:
+            get(index)
+
+    over = (
+        (lambda f: jax.pmap(f, axis_name="i")) if how == "pmap" else partial(shard, out_specs=P())
+    )
+    jit = {"jit": jax.jit, "storax.jit": storax.jit}.get(how, lambda f: f)
+    message = "but the new state is i32" if what == "set" else "nothing has been set"
+    for _ in range(2):
+        jit(over(fails))(jnp.asarray(X))
+        with pytest.raises(RuntimeError, match=message):
+            storax.barrier()
+        storax.barrier()  # once
+    if what == "set":
+        assert read(index).tolist() == S0.tolist()

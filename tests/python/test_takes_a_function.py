@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.custom_batching import custom_vmap, sequential_vmap
+from jax.custom_derivatives import linear_call
 from jax.experimental import checkify, io_callback, sparse
 from jax.experimental import pallas as pl
 from jax.experimental.compute_on import compute_on
 from jax.experimental.jet import jet
+from jax.experimental.scheduling_groups import scheduling_group
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -96,6 +98,8 @@ def _while(kind, steps=1):
     return lambda f: lambda x: loop(lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
 
 
+# Of scheduling_group JAX knows the effects since 0.11.
+TELLS = jax.__version_info__ >= (0, 11)
 # A primitive since JAX 0.11.
 _SPACE = {} if jax.__version_info__ < (0, 11) else {"out_memory_spaces": jax.memory.Space.Device}
 
@@ -138,11 +142,13 @@ WRAPPERS = {
     ),
     "assert_max_traces": lambda f: eqx.debug.assert_max_traces(f, max_traces=None),
     **{f"while_loop, {kind}": _while(kind) for kind in KINDS},
+    **({"scheduling_group": scheduling_group(name="group")} if TELLS else {}),
 }
 # Their derivatives don't exist, or call the function again, with state or without.
 NO_GRADIENT = {"custom_vmap", "sequential_vmap", "while_loop, lax", "custom_linear_solve"}
 # What storax's masks don't reach into.
 NO_MASK = {"custom_vmap", "sequential_vmap", "custom_linear_solve", "compute_on"}
+NO_MASK |= {"scheduling_group"} & set(WRAPPERS)
 
 
 def wrappers(without=()):
@@ -317,6 +323,67 @@ def test_reductions_have_no_order(name, f, jit):
     assert REDUCTIONS[name](lambda a, b: a + b) is not None
 
 
+def _solve(f):
+    lineax = pytest.importorskip("lineax")
+
+    def solve(b):
+        like = jax.ShapeDtypeStruct(b.shape, b.dtype)
+        matrix = lineax.FunctionLinearOperator(f, like, lineax.positive_semidefinite_tag)
+        return lineax.linear_solve(matrix, b, lineax.CG(1e-5, 1e-5)).value
+
+    return solve
+
+
+# JAX isn't told what the functions of these do besides computing.
+HIDING = {
+    "composite": lambda f: lax.composite(f, "my.op"),
+    "linear_call": lambda f: lambda x: linear_call(lambda _, x: f(x), lambda _, x: f(x), (), x),
+    **({} if TELLS else {"scheduling_group": lambda f: scheduling_group(name="group")(f)}),
+    "noinline": lambda f: lambda x: eqxi.noinline(f)(x),
+    "linear_solve": _solve,
+    "pallas_call": lambda f: pl.pallas_call(
+        lambda x, out: out.__setitem__(..., f(x[...])),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        interpret=True,
+    ),
+}
+PLACES = {
+    "in a program": lambda g: g,
+    "unused": lambda g: lambda x: (g(x), x)[1],
+    "in a jit": lambda g: lambda x: (jax.jit(g)(x), x)[1],
+    "in a scan": lambda g: lambda x: lax.scan(lambda c, _: (c, g(c)), x, None, length=2)[0],
+    "in a branch": lambda g: lambda x: lax.cond(x > 0, g, lambda x: x, x),
+    "vmap": lambda g: lambda x: jax.vmap(g)(x[None])[0],
+    "grad": jax.grad,
+    "checkpoint": jax.checkpoint,
+}
+
+
+# But JAX has no rules for these, with state or without.
+NO_RULE = {("composite", "vmap"), ("composite", "grad"), ("linear_call", "vmap")}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [(n, p) for n in HIDING for p in PLACES if (n, p) not in NO_RULE]
+)
+def test_functions_that_are_hidden_from_jax_are_refused(name, place, f):
+    refused = pytest.raises(NotImplementedError, match="storax: state inside the function of a `")
+    g, jitted = HIDING[name](f), jax.jit(f)
+    for h in (g, g, HIDING[name](jitted)):
+        with refused:
+            f.runs(0, jax.jit(PLACES[place](h)), X)
+        with refused:
+            f.runs(0, storax.jit(PLACES[place](h)), X)
+    without = jax.jit(PLACES[place](HIDING[name](lambda x: 3 * x)))
+    assert jnp.isfinite(without(X))
+
+
+@pytest.mark.parametrize("name", [n for n in HIDING if n != "composite"])
+def test_derivatives_of_hidden_functions_are_refused_without_jit_too(name, f):
+    with pytest.raises(NotImplementedError, match="storax: state inside the function of a `"):
+        jax.value_and_grad(HIDING[name](f))(X)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_equinox_loops(kind, f, jit):
     for steps in (0, 3):
@@ -468,20 +535,6 @@ def test_callbacks_next_to_state(f, jit):
 
 
 # --- Kernels, devices and processes ------------------------------------------------------------------------
-
-
-def test_pallas(f, jit):
-    """Interpreted, a kernel runs as JAX code does: a step of the grid after the other."""
-
-    def kernel(x, out):
-        out[...] = f(x[...])
-
-    block, shape = pl.BlockSpec((1,), lambda i: (i,)), jax.ShapeDtypeStruct((3,), jnp.float32)
-    call = partial(pl.pallas_call, kernel, shape, grid=3, in_specs=[block], out_specs=block)
-    interpreted = jit(call(interpret=True))
-    np.testing.assert_array_equal(f.runs(3, interpreted, jnp.ones(3)), [3, 4, 5])
-    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
-        f.runs(0, jit(call()), jnp.ones(3))
 
 
 def test_export(f):

@@ -155,6 +155,10 @@ def test_looks_like_the_function():
         storax.jit(3)
     with pytest.raises(TypeError, match="nonsense"):
         storax.jit(f, nonsense=1)
+    with pytest.raises(TypeError, match="`donate` must be a bool, not 'no'"):
+        storax.jit(f, donate="no")
+    with pytest.raises(TypeError, match="`pack` must be a bool, not 0"):
+        storax.jit(f, pack=0)
 
 
 def test_donated_arguments(jit):

@@ -52,27 +52,27 @@ MUTANTS = [
     Mutant(
         "remat's partial evaluation of a scan moves state",
         "_jax.py",
-        "        with _hoisting_out_of_scan():",
+        "        with _entering(hoisting=True):",
         "        with contextlib.nullcontext():",
         "grad nesting",
     ),
     _never(
         "keeps remat in a scan",
         "_jax.py",
-        'if getattr(_partial_eval, "hoisting", False) and has_state(jaxpr):',
+        "if _here.hoisting and has_state(jaxpr):",
         "grad nesting",
     ),
     Mutant(
         "an operation moves out of a scan",
         "_jax.py",
-        'if not getattr(_partial_eval, "hoisting", False):',
+        "if not _here.hoisting:",
         "if True:",
         "grad nesting",
     ),
     _never(
         "keeps while in a scan",
         "_jax.py",
-        'if getattr(_partial_eval, "hoisting", False):',
+        "if _here.hoisting:",
         "grad",
         "\n            known = [trace.instantiate_const(t) for t in tracers]\n"
         "            out_avals, effects = while_p",
@@ -778,14 +778,14 @@ MUTANTS = [
     _never(
         "looks at what is traced for a shape",
         "_jax.py",
-        "if primitive is not None and has_state(jaxpr):",
+        "if _here.evaluated is not None and has_state(jaxpr):",
         "takes_a_function -k hidden",
     ),
     Mutant(
         "state is hidden in a partial evaluation",
         "_jax.py",
-        "_evaluating(primitive) if any(unknown) else",
-        "_evaluating(primitive) if False else",
+        "_entering(evaluated=primitive) if any(unknown) else",
+        "_entering(evaluated=primitive) if False else",
         "takes_a_function -k hidden",
     ),
     # --- Equinox's loops ---

@@ -258,6 +258,32 @@ def make_varying(x: Any, names: frozenset[str]) -> Any:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+# --- What is under way ---------------------------------------------------------------------------
+
+
+class _Here(threading.local):
+    """What of JAX's this thread is inside of."""
+
+    evaluated: Any = None  # the primitive that is asked for its results' shapes
+    in_parted_rule = False  # see `as_parted`
+    hoisting = False  # remat looks for what may leave a scan
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def _entering(**what: Any) -> Iterator[None]:
+    before = {name: getattr(_here, name) for name in what}
+    for name, value in what.items():
+        setattr(_here, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(_here, name, value)
+
+
 # --- The effect ----------------------------------------------------------------------------------
 
 
@@ -622,21 +648,8 @@ def as_parted(axis_data: Any) -> Any:
     return _marked(axis_data, "parted")
 
 
-_rules = threading.local()
-
-
 def in_parted_rule() -> bool:
-    return getattr(_rules, "parted", False)
-
-
-@contextlib.contextmanager
-def _parted_rule() -> Iterator[None]:
-    before = in_parted_rule()
-    _rules.parted = True
-    try:
-        yield
-    finally:
-        _rules.parted = before
+    return _here.in_parted_rule
 
 
 def _mark_rules_of_parted_lanes() -> None:
@@ -645,7 +658,7 @@ def _mark_rules_of_parted_lanes() -> None:
 
     def mark(rule):
         def run(*args):
-            with _parted_rule():
+            with _entering(in_parted_rule=True):
                 return rule.call_wrapped(*args)
 
         return _lu.wrap_init(run, debug_info=rule.debug_info)
@@ -684,19 +697,6 @@ def wrap_while_loop(make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
         module.while_loop = made
 
 
-_evaluation = threading.local()
-
-
-@contextlib.contextmanager
-def _evaluating(primitive: Any) -> Iterator[None]:
-    before = getattr(_evaluation, "primitive", None)
-    _evaluation.primitive = primitive
-    try:
-        yield
-    finally:
-        _evaluation.primitive = before
-
-
 def on_hidden_state(refuse: Callable[[str], None]) -> None:
     """Calls `refuse(name)` for a primitive whose equations would hide what their function does to state.
 
@@ -706,7 +706,7 @@ def on_hidden_state(refuse: Callable[[str], None]) -> None:
     """
 
     def abstract_eval(primitive, *avals, **params):
-        with _evaluating(primitive):
+        with _entering(evaluated=primitive):
             out, effects = primitive.abstract_eval(*avals, **params)
         if has_state(*inner_jaxprs(params)) and not any(
             isinstance(e, StateEffect) for e in effects
@@ -721,14 +721,13 @@ def on_hidden_state(refuse: Callable[[str], None]) -> None:
         unknown = (
             type(t) is _pe.JaxprTracer and t._trace is self and not t.is_known() for t in tracers
         )
-        with _evaluating(primitive) if any(unknown) else contextlib.nullcontext():
+        with _entering(evaluated=primitive) if any(unknown) else contextlib.nullcontext():
             return partially(self, primitive, tracers, params)
 
     def to_jaxpr_and_look(self, *args, **kwargs):
         jaxpr, consts = to_jaxpr(self, *args, **kwargs)
-        primitive = getattr(_evaluation, "primitive", None)
-        if primitive is not None and has_state(jaxpr):
-            refuse(primitive.name)
+        if _here.evaluated is not None and has_state(jaxpr):
+            refuse(_here.evaluated.name)
         return jaxpr, consts
 
     _pe.JaxprTrace.default_process_primitive = partially_and_look
@@ -801,19 +800,6 @@ def _keep_token_in_module() -> None:
     token_set.update_tokens = update_with_state
 
 
-_partial_eval = threading.local()
-
-
-@contextlib.contextmanager
-def _hoisting_out_of_scan():
-    before = getattr(_partial_eval, "hoisting", False)
-    _partial_eval.hoisting = True
-    try:
-        yield
-    finally:
-        _partial_eval.hoisting = before
-
-
 def _stage(trace, tracers, primitive, params, out_avals, effects):
     """Adds an equation to what a partial evaluation leaves for later, whatever is known already."""
     tracers = [trace.instantiate_const(trace.to_jaxpr_tracer(t)) for t in tracers]
@@ -844,7 +830,7 @@ def _keep_state_in_scan() -> None:
     scan_rule = _pe.partial_eval_jaxpr_custom_rules[lax.scan_p]
 
     def scan_rule_with_state(*args, **kwargs):
-        with _hoisting_out_of_scan():
+        with _entering(hoisting=True):
             return scan_rule(*args, **kwargs)
 
     _pe.partial_eval_jaxpr_custom_rules[lax.scan_p] = scan_rule_with_state
@@ -853,7 +839,7 @@ def _keep_state_in_scan() -> None:
     remat_rule = _pe.custom_partial_eval_rules[remat_p]
 
     def remat_rule_with_state(trace, *tracers, jaxpr, **params):
-        if getattr(_partial_eval, "hoisting", False) and has_state(jaxpr):
+        if _here.hoisting and has_state(jaxpr):
             out_avals = [v.aval for v in jaxpr.outvars]
             effects = _core.positional_effects(jaxpr)
             return _stage(trace, tracers, remat_p, dict(jaxpr=jaxpr, **params), out_avals, effects)
@@ -898,7 +884,7 @@ def _keep_state_in_while() -> None:
         jaxprs = params["cond_jaxpr"], params["body_jaxpr"]
         if not has_state(*jaxprs):
             return rule(trace, *tracers, **params)
-        if getattr(_partial_eval, "hoisting", False):
+        if _here.hoisting:
             known = [trace.instantiate_const(t) for t in tracers]
             out_avals, effects = while_p.abstract_eval(*[t.aval for t in known], **params)
             return _stage(trace, known, while_p, params, out_avals, effects)
@@ -931,7 +917,7 @@ def define_partial_eval(primitive: Any) -> None:
     """
 
     def staged_in_hoisting(trace, *tracers, **params):
-        if not getattr(_partial_eval, "hoisting", False):
+        if not _here.hoisting:
             return trace.default_process_primitive(primitive, tracers, params)
         known = [trace.instantiate_const(t) for t in tracers]
         out_avals, effects = primitive.abstract_eval(*[t.aval for t in known], **params)

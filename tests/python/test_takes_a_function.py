@@ -360,7 +360,12 @@ PLACES = {
 
 
 # But JAX has no rules for these, with state or without.
-NO_RULE = {("composite", "vmap"), ("composite", "grad"), ("linear_call", "vmap")}
+NO_RULE = {
+    ("composite", "vmap"),
+    ("composite", "grad"),
+    ("linear_call", "vmap"),
+    ("pallas_call", "grad"),
+}
 
 
 @pytest.mark.parametrize(

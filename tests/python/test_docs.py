@@ -1,5 +1,6 @@
 """Every example of the README and of docs/ does what the page says; pages.py says how they are run."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from jax import lax
 
 import pages
+import storax
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +28,11 @@ def test_before_and_after():
     for pair in pairs:
         before, after = pair.examples
         assert "storax" not in before.code and "import storax" in after.code
+
+
+def test_the_readme_names_all_there_is():
+    _, there_is = (ROOT / "README.md").read_text().split("## What there is")
+    assert re.findall(r"`(\w+)\(", there_is) == sorted(storax.__all__, key=there_is.index)
 
 
 def test_what_to_mind_about_jax_ref():

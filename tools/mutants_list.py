@@ -107,7 +107,7 @@ MUTANTS = [
     _without(
         "forgetting failed tokens",
         "_jax.py",
-        "    tokens.current_tokens.pop(MESH_STATE, None)\n    tokens.output_runtime_tokens.clear()\n",
+        "    tokens.current_tokens, tokens.output_runtime_tokens = kept, {}\n",
         "devices",
     ),
     Mutant(
@@ -235,8 +235,8 @@ MUTANTS = [
     Mutant(
         "what barrier catches counts as told",
         "_store.py",
-        'if not getattr(_catching, "now", False):',
-        "if True:",
+        'if getattr(_catching, "now", False):',
+        "if False:",
         "devices -k nobody",
     ),
     _without(
@@ -764,16 +764,30 @@ MUTANTS = [
     # --- State that is hidden from JAX ---
     _without(
         "the check for hidden state",
-        "_install.py",
-        '        ("jit", _refused.install_hidden_state),\n',
+        "_jax.py",
+        '    ("jit", _refuse_hidden_state),\n',
         "takes_a_function -k hidden",
     ),
     Mutant(
         "state is hidden in a parameter",
         "_jax.py",
-        "if has_state(*inner_jaxprs(params)) and not any(",
-        "if False and not any(",
+        "has_state(*_all_jaxprs(params)):",
+        "False:",
         "takes_a_function -k hidden",
+    ),
+    Mutant(
+        "state is hidden deep in a parameter",
+        "_jax.py",
+        "(getattr(x, field.name, None) for field in dataclasses.fields(x))",
+        "()",
+        "takes_a_function -k index_maps",
+    ),
+    Mutant(
+        "what a linear solve does not run is refused",
+        "_jax.py",
+        "primitive.name not in _TELL_LATER and ",
+        "",
+        "takes_a_function -k linear_solve",
     ),
     _never(
         "looks at what is traced for a shape",
@@ -784,9 +798,54 @@ MUTANTS = [
     Mutant(
         "state is hidden in a partial evaluation",
         "_jax.py",
-        "_entering(evaluated=primitive) if any(unknown) else",
-        "_entering(evaluated=primitive) if False else",
+        "evaluating(primitive) if any(unknown) else",
+        "evaluating(primitive) if False else",
         "takes_a_function -k hidden",
+    ),
+    _never(
+        "looks for hidden state in what is lowered",
+        "_jax.py",
+        "if effect not in _here.effects or isinstance(self._tokens, _Untold) or not in_main():",
+        "takes_a_function -k lowered",
+    ),
+    Mutant(
+        "a hoisted program tells of state that is left in it",
+        "_packed.py",
+        "{_jax.STORE, *after}",
+        "{_jax.STATE, *after}",
+        "takes_a_function -k lowered",
+    ),
+    _never(
+        "leaves primitives that JAX expands later to plain jit",
+        "_hoist.py",
+        "if _jax.open_jaxpr(jaxpr).is_high:",
+        "takes_a_function -k expands",
+    ),
+    _without(
+        "the check of noinline's shapes",
+        "_equinox.py",
+        "    _noinline.filter_eval_shape = filter_eval_shape\n",
+        "takes_a_function -k noinline",
+    ),
+    _without(
+        "the check of noinline's callbacks",
+        "_equinox.py",
+        "    _noinline._get_callback = get_callback_and_look\n",
+        "takes_a_function -k noinline",
+    ),
+    _never(
+        "raises what failed of others on several devices",
+        "_store.py",
+        "if others:",
+        "devices -k others",
+    ),
+    Mutant(
+        "tokens change while JAX goes over them",
+        "_jax.py",
+        "tokens.current_tokens, tokens.output_runtime_tokens = kept, {}",
+        "tokens.current_tokens.pop(MESH_STATE, None)",
+        "devices -k by_jax_too",
+        (0, 12),
     ),
     # --- Equinox's loops ---
     _without(

@@ -13,6 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from equinox.internal import _noinline as noinline_module
 from equinox.internal._loop import bounded, checkpointed, common, loop
 from jax import lax
 
@@ -21,6 +22,8 @@ from ._primitives import get_p
 
 __all__ = ["install"]
 
+_noinline: Any = noinline_module
+
 # Steps in a scan of a bounded loop, as in Equinox: more take more memory, and less time to compile.
 _BASE = 16
 
@@ -28,7 +31,7 @@ _BASE = 16
 def install() -> None:
     try:
         rewrite, run = common.common_rewrite, checkpointed._checkpointed_while_loop
-        _ = bounded._while_loop, common._select_if_vmap
+        _ = bounded._while_loop, common._select_if_vmap, _noinline._get_callback
     except AttributeError as error:
         warnings.warn(
             f"storax does not know the loops of Equinox {eqx.__version__} ({error}). Don't get or set "
@@ -36,11 +39,33 @@ def install() -> None:
             stacklevel=4,
         )
         return
+    _refuse_in_noinline()
     modules: tuple[Any, ...] = (loop, bounded)
     masked = _with_masked_body(rewrite)
     for module in modules:
         module.common_rewrite = masked
     checkpointed._checkpointed_while_loop = _with_masked_body_and_gradient(run)
+
+
+def _refuse_in_noinline() -> None:
+    """It runs its function in a callback, and shows JAX but the shapes of its results."""
+    shapes, get_callback = _noinline.filter_eval_shape, _noinline._get_callback
+
+    def filter_eval_shape(*args, **kwargs):
+        with _jax.evaluating(_noinline.noinline_p):
+            return shapes(*args, **kwargs)
+
+    def get_callback_and_look(*key):
+        found = get_callback(*key)
+
+        def callback(*args):
+            with _jax.evaluating(_noinline.noinline_p):
+                return found(*args)
+
+        return callback
+
+    _noinline.filter_eval_shape = filter_eval_shape
+    _noinline._get_callback = get_callback_and_look
 
 
 # --- Lanes ----------------------------------------------------------------------------------------

@@ -80,6 +80,10 @@ def uses(jaxpr: Any) -> dict[int, Use]:
 
     A state per device is not among them: its operations stay where they are, in the mapped function.
     """
+    if _jax.open_jaxpr(jaxpr).is_high:
+        raise NotHoistableError(
+            "storax: a primitive that JAX expands only later may use state, too."
+        )
     found: dict[int, Use] = {}
     mapped: set[int] = set()
     _collect(_jax.open_jaxpr(jaxpr), found, mapped, once=True, always=True)

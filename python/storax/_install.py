@@ -26,7 +26,6 @@ def install() -> None:
         ("jit", _lowering.install),
         ("vmap", _guard.install),
         ("vmap", _control_flow.install),
-        ("jit", _refused.install_hidden_state),
         ("reductions", _refused.install_reductions),
         ("disable_jit", _refused.install_while_loop),
         ("grad", _equinox.install),

@@ -267,6 +267,7 @@ class _Here(threading.local):
     evaluated: Any = None  # the primitive that is asked for its results' shapes
     in_parted_rule = False  # see `as_parted`
     hoisting = False  # remat looks for what may leave a scan
+    effects: Any = frozenset()  # of the function that is being lowered
 
 
 _here = _Here()
@@ -308,8 +309,15 @@ class MeshStateEffect(StateEffect):
     __str__ = lambda self: "MeshState"
 
 
+class StoreEffect(StateEffect):
+    """What storing all states at the end of a hoisted program does: no get or set is left in it."""
+
+    __str__ = lambda self: "Store"
+
+
 STATE = StateEffect()
 MESH_STATE = MeshStateEffect()
+STORE = StoreEffect()
 
 
 def state_effects(*jaxprs: Any) -> set[StateEffect]:
@@ -343,6 +351,24 @@ def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
             if isinstance(x, _core.Jaxpr) or type(x).__name__ == "ClosedJaxpr":
                 found.append(open_jaxpr(x))
     return found
+
+
+def _all_jaxprs(x: Any) -> Iterator[Any]:
+    """All jaxprs in a parameter's value, in whatever it keeps them; but none within another."""
+    if isinstance(x, _core.Jaxpr) or type(x).__name__ == "ClosedJaxpr":
+        yield open_jaxpr(x)
+        return
+    parts: Any = ()
+    if isinstance(x, (tuple, list)):
+        parts = x
+    elif isinstance(x, dict):
+        parts = x.values()
+    elif isinstance(x, functools.partial):
+        parts = (x.func, x.args, x.keywords)
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        parts = (getattr(x, field.name, None) for field in dataclasses.fields(x))
+    for part in parts:
+        yield from _all_jaxprs(part)
 
 
 def has_rules(eqn: Any) -> bool:
@@ -697,21 +723,40 @@ def wrap_while_loop(make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
         module.while_loop = made
 
 
-def on_hidden_state(refuse: Callable[[str], None]) -> None:
-    """Calls `refuse(name)` for a primitive whose equations would hide what their function does to state.
+# Of its functions, it tells of those that it runs; of the others once it runs them, under grad.
+_TELL_LATER = ("custom_linear_solve",)
 
-    JAX would leave such an equation out, or run it out of order. Some have their function's jaxpr among
-    their parameters, but not its effects; others trace it anew when they are asked for their results'
-    shapes. JAX remembers what it has been told of those, so that all this costs next to nothing.
+
+class HiddenStateError(NotImplementedError):
+    """State in the function of a primitive that has not told JAX of it."""
+
+    def __init__(self, primitive: str = "primitive"):
+        super().__init__(
+            f"storax: state inside the function of a `{primitive}`, which does not tell JAX what its "
+            "function does besides computing: JAX would leave it out, or run it out of order. Get and "
+            "set the state outside of that function, and pass it in as an argument."
+        )
+
+
+def evaluating(primitive: Any) -> Any:
+    """Within, a function with state that is traced is refused, as this primitive would hide it."""
+    return _entering(evaluated=primitive)
+
+
+def _refuse_hidden_state() -> None:
+    """Raises `HiddenStateError` where an equation would hide from JAX what its function does to state.
+
+    Some have their function's jaxpr among their parameters, but not its effects; others trace it anew
+    when they are asked for their results' shapes. JAX remembers what it has been told of those, so that
+    all this costs next to nothing.
     """
 
     def abstract_eval(primitive, *avals, **params):
-        with _entering(evaluated=primitive):
+        with evaluating(primitive):
             out, effects = primitive.abstract_eval(*avals, **params)
-        if has_state(*inner_jaxprs(params)) and not any(
-            isinstance(e, StateEffect) for e in effects
-        ):
-            refuse(primitive.name)
+        told = any(isinstance(e, StateEffect) for e in effects)
+        if not told and primitive.name not in _TELL_LATER and has_state(*_all_jaxprs(params)):
+            raise HiddenStateError(primitive.name)
         return out, effects
 
     _pe._cached_abstract_eval = _util.multi_weakref_lru_cache(abstract_eval)
@@ -719,15 +764,16 @@ def on_hidden_state(refuse: Callable[[str], None]) -> None:
 
     def partially_and_look(self, primitive, tracers, params):
         unknown = (
-            type(t) is _pe.JaxprTracer and t._trace is self and not t.is_known() for t in tracers
+            type(t) is _pe.JaxprTracer and t._trace.tag is self.tag and not t.is_known()
+            for t in tracers
         )
-        with _entering(evaluated=primitive) if any(unknown) else contextlib.nullcontext():
+        with evaluating(primitive) if any(unknown) else contextlib.nullcontext():
             return partially(self, primitive, tracers, params)
 
     def to_jaxpr_and_look(self, *args, **kwargs):
         jaxpr, consts = to_jaxpr(self, *args, **kwargs)
         if _here.evaluated is not None and has_state(jaxpr):
-            refuse(_here.evaluated.name)
+            raise HiddenStateError(_here.evaluated.name)
         return jaxpr, consts
 
     _pe.JaxprTrace.default_process_primitive = partially_and_look
@@ -748,13 +794,20 @@ class _WithoutState:
         self._types = effect_types
 
     def filter_in(self, effects: Any) -> list[Any]:
-        return [e for e in self._types.filter_in(effects) if type(e) is not StateEffect]
+        return [e for e in self._types.filter_in(effects) if self._keeps(e)]
 
     def filter_not_in(self, effects: Any) -> list[Any]:
-        return [e for e in self._types.filter_not_in(effects) if type(e) is not StateEffect]
+        return [e for e in self._types.filter_not_in(effects) if self._keeps(e)]
 
     def contains(self, effect: Any) -> bool:
-        return self._types.contains(effect) and type(effect) is not StateEffect
+        return self._types.contains(effect) and self._keeps(effect)
+
+    def _keeps(self, effect: Any) -> bool:
+        return not isinstance(effect, StateEffect) or isinstance(effect, MeshStateEffect)
+
+
+class _Untold(dict):
+    """The tokens of an equation that has not told JAX of any state."""
 
 
 def _register_effect() -> None:
@@ -776,25 +829,38 @@ def _keep_token_in_module() -> None:
     view.ordered_effects = _WithoutState(_effects.ordered_effects)
     _pxla.effects = view
 
-    # With no token from outside, the first use inside the module makes one.
-    token_set = _mlir.TokenSet
+    # With no token from outside, the first use inside the module's main function makes one. In another
+    # function, or where nothing was told of state, it is hidden, and its place among others not known.
+    lower_function, token_set = _mlir.lower_jaxpr_to_fun, _mlir.TokenSet
     get, subset, update = token_set.get, token_set.subset, token_set.update_tokens
+
+    def lower_function_with_state(ctx, name, jaxpr, *args, **kwargs):
+        with _entering(effects=jaxpr.effects):
+            return lower_function(ctx, name, jaxpr, *args, **kwargs)
+
+    def in_main():
+        attributes = _mlir.ir.InsertionPoint.current.block.owner.attributes
+        return "sym_name" in attributes and str(attributes["sym_name"]) == '"main"'
 
     def get_or_create(self, effect):
         if isinstance(effect, StateEffect) and effect not in self._tokens:
+            if effect not in _here.effects or isinstance(self._tokens, _Untold) or not in_main():
+                raise HiddenStateError
             self._tokens[effect] = _mlir.create_token()
         return get(self, effect)
 
     def subset_with_state(self, effects):
         if any(isinstance(e, StateEffect) for e in effects):
             return token_set({e: self.get(e) for e in effects})
-        return subset(self, effects)
+        return token_set(_Untold(subset(self, effects)._tokens))
 
     def update_with_state(self, tokens):
         if any(isinstance(e, StateEffect) for e, _ in tokens.items()):
             return token_set({**self._tokens, **dict(tokens.items())})
         return update(self, tokens)
 
+    _mlir.lower_jaxpr_to_fun = lower_function_with_state
+    _mlir._empty_token_set = token_set(_Untold())
     token_set.get = get_or_create
     token_set.subset = subset_with_state
     token_set.update_tokens = update_with_state
@@ -928,9 +994,10 @@ def define_partial_eval(primitive: Any) -> None:
 
 def forget_failed_tokens() -> None:
     """Lets programs over several devices run again after one has failed, and its token with it."""
+    # New dicts: JAX may be in the middle of the old ones, as it raises what made us forget (0.12).
     tokens = _dispatch_module.runtime_tokens
-    tokens.current_tokens.pop(MESH_STATE, None)
-    tokens.output_runtime_tokens.clear()
+    kept = {e: token for e, token in tokens.current_tokens.items() if e != MESH_STATE}
+    tokens.current_tokens, tokens.output_runtime_tokens = kept, {}
 
 
 def on_runtime_error(told: Callable[[str], None]) -> None:
@@ -1055,6 +1122,7 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("grad", _keep_state_in_scan),
     ("grad", _keep_state_in_while),
     ("vmap", _mark_rules_of_parted_lanes),
+    ("jit", _refuse_hidden_state),
     ("jit", _delay_fast_path),
     ("jit", _compile_with_care),
 )

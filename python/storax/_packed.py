@@ -44,7 +44,7 @@ def _(*, slots):
 
 @store_p.def_effectful_abstract_eval
 def _(*others_and_leaves, slots, after):
-    return [], {_jax.STATE, *after}  # an effect, so that JAX does not drop it
+    return [], {_jax.STORE, *after}  # an effect, so that JAX does not drop it
 
 
 def _lower(ctx: Any, target: str, op: str, operands: Any, avals_in: Any, slots: Any) -> list[Any]:

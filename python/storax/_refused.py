@@ -8,7 +8,7 @@ import jax
 
 from . import _jax, _unknown_jax
 
-__all__ = ["install_hidden_state", "install_reductions", "install_while_loop", "note_set"]
+__all__ = ["install_reductions", "install_while_loop", "note_set"]
 
 _ran = threading.local()
 
@@ -67,18 +67,6 @@ def _wrap_while_loop(original):
         return original(checked, body_fun, init_val)
 
     return while_loop
-
-
-def _refuse_hidden_state(primitive: str) -> None:
-    raise NotImplementedError(
-        f"storax: state inside the function of a `{primitive}`, which does not tell JAX what its function "
-        "does besides computing: JAX would leave it out, or run it out of order. Get and set the state "
-        "outside of that function, and pass it in as an argument."
-    )
-
-
-def install_hidden_state() -> None:
-    _jax.on_hidden_state(_refuse_hidden_state)
 
 
 def install_reductions() -> None:

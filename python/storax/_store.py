@@ -89,10 +89,15 @@ _catching = threading.local()
 
 def _told(message: str) -> None:
     """JAX has just raised this to somebody."""
-    if not getattr(_catching, "now", False):
-        _core.acknowledge_failure(message)
-    if "storax." in message:
+    if getattr(_catching, "now", False):
+        return
+    _core.acknowledge_failure(message)
+    if _is_ours(message):
         _jax.forget_failed_tokens()
+
+
+def _is_ours(message: str) -> bool:
+    return "storax." in message
 
 
 def check_process() -> None:
@@ -158,12 +163,16 @@ def _wait_for_devices() -> None:
 
 
 def _wait_for_meshes() -> None:
+    """What fails of ours is in the record. What fails of others is raised: nobody else may wait for it."""
     _catching.now = True
     try:
         jax.effects_barrier()
-    except RuntimeError:
-        # One of ours is in the record; another's is for whoever blocks on its outputs.
+    except (RuntimeError, ExceptionGroup) as e:
         _jax.forget_failed_tokens()
+        failed = e.exceptions if isinstance(e, ExceptionGroup) else (e,)
+        others = [x for x in failed if not _is_ours(str(x))]
+        if others:
+            raise others[0] from None
     finally:
         _catching.now = False
 
@@ -172,7 +181,8 @@ def barrier() -> None:
     """Waits for every program that this thread has dispatched, and raises what failed in them.
 
     **Raises:** `RuntimeError` if a `get_state` or `set_state` failed in a program, and nothing has
-    raised that failure yet. Programs of other threads are not waited for.
+    raised that failure yet; or what else `jax.effects_barrier` raises, which it calls. Programs of
+    other threads are not waited for.
     """
     check_process()
     if register_handlers.cache_info().currsize:

@@ -565,3 +565,27 @@ def test_failures_on_devices_are_raised_though_nobody_waits_for_results(what, ho
         storax.barrier()  # once
     if what == "set":
         assert read(index).tolist() == S0.tolist()
+
+
+def test_failures_on_devices_are_raised_by_jax_too():
+    """JAX goes on over its tokens when one has failed, while storax hears of it."""
+    index, unset = per_device(), storax.StateIndex(name="unset")
+    fails = jax.jit(shard(lambda x: (get(unset), None)[1], out_specs=P()))
+    for _ in range(2):
+        fails(X)
+        with pytest.raises(RuntimeError, match="nothing has been set"):
+            jax.effects_barrier()
+        storax.barrier()  # it has been told
+    np.testing.assert_allclose(jax.jit(shard(lambda x: inc(index, x)))(jnp.asarray(X)), X * S0)
+
+
+def test_failures_of_others_are_left_to_be_raised():
+    def boom(x):
+        raise ValueError("of another")
+
+    index = per_device()
+    jax.jit(shard(lambda x: jax.debug.callback(boom, x), out_specs=P()))(X)
+    with pytest.raises(RuntimeError, match="of another"):
+        storax.barrier()
+    storax.barrier()
+    assert read(index).tolist() == S0.tolist()

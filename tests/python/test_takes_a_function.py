@@ -24,6 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.compute_on import compute_on
 from jax.experimental.jet import jet
 from jax.experimental.scheduling_groups import scheduling_group
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -381,6 +383,97 @@ def test_functions_that_are_hidden_from_jax_are_refused(name, place, f):
             f.runs(0, storax.jit(PLACES[place](h)), X)
     without = jax.jit(PLACES[place](HIDING[name](lambda x: 3 * x)))
     assert jnp.isfinite(without(X))
+
+
+REFUSED = pytest.raises(
+    (NotImplementedError, jax.errors.JaxRuntimeError), match="storax: state inside the f"
+)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+def test_what_is_hidden_until_it_is_lowered_is_refused_then(jit, f):
+    mine = Primitive("mine")
+    mine.def_impl(f)
+    mine.def_abstract_eval(lambda x: x)
+    lower = mlir.lower_fun(f, multiple_results=False)
+    mlir.register_lowering(mine, lower)
+    with REFUSED:
+        f.runs(0, jit(lambda x: (mine.bind(x), f(x))), X)
+    mlir.register_lowering(mine, lower, cacheable=False)
+    with REFUSED:
+        f.runs(0, jit(mine.bind), X)
+    both = jit(lambda x: (f(x), mine.bind(x), f(x)))
+    if jit is jax.jit:  # it is lowered where it stands
+        assert f.runs(3, both, X) == (15, 20, 25)
+    else:
+        with REFUSED:
+            f.runs(0, both, X)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+def test_index_maps_of_kernels_are_refused(jit, f):
+    def index_map(k):
+        f(k.astype(jnp.float32))
+        return (k,)
+
+    def kernel(x, out):
+        out[...] = x[...]
+
+    spec = partial(pl.BlockSpec, (1,))
+    call = pl.pallas_call(
+        kernel,
+        jax.ShapeDtypeStruct((2,), jnp.float32),
+        grid=2,
+        in_specs=[spec(index_map)],
+        out_specs=spec(lambda k: (k,)),
+        interpret=True,
+    )
+    with REFUSED:
+        f.runs(0, jit(call), jnp.ones(2))
+
+
+def test_noinline_is_refused_whatever_else_jax_knows_of_its_function(f):
+    named = eqxi.noinline(f, abstract_fn=lambda f, x: x)
+    with REFUSED:
+        jax.block_until_ready(jax.jit(lambda x: named(x))(X))
+    g = eqxi.noinline(f)
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+    eager = jax.shard_map(lambda x: g(x[0])[None], mesh=mesh, in_specs=P("i"), out_specs=P("i"))
+    for _ in range(2):
+        with REFUSED:
+            eager(jnp.ones(4))
+        with REFUSED:
+            f.runs(0, jax.jit(lambda x: (g(x), x)[1]), X)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+def test_primitives_that_jax_expands_later(jit, f):
+    hijax = pytest.importorskip("jax.experimental.hijax")
+    if not hasattr(hijax, "VJPHiPrimitive"):
+        pytest.skip("this JAX exports no such primitives")
+
+    class Late(hijax.VJPHiPrimitive):
+        def __init__(self):
+            self.in_avals, self.out_aval, self.params = (jax.typeof(X),), jax.typeof(X), {}
+            super().__init__()
+
+        def expand(self, x):
+            return f(x)
+
+    late = Late()
+    assert f.runs(2, jit(lambda x: (late(x), f(x))), X) == (15, 20)
+    assert f.state == 5
+
+
+def test_functions_that_a_linear_solve_does_not_run(f, jit):
+    """JAX tells of them once it runs them."""
+    half = lambda _, b: b / 2
+    solve = partial(lax.custom_linear_solve, lambda x: 2 * x + 0 * f(x))
+    assert f.runs(0, jit(lambda b: solve(b, half)), X) == 2.5
+    transposed = lambda _, b: f(b) / 6
+    solve = lambda b: lax.custom_linear_solve(lambda x: 2 * x, b, half, transposed)
+    assert f.runs(0, jit(solve), X) == 2.5
+    assert f.runs(1, jit(jax.grad(solve)), X) == 0.5
 
 
 @pytest.mark.parametrize("name", [n for n in HIDING if n != "composite"])

@@ -727,15 +727,12 @@ def wrap_while_loop(make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
 _TELL_LATER = ("custom_linear_solve",)
 
 
-class HiddenStateError(NotImplementedError):
-    """State in the function of a primitive that has not told JAX of it."""
-
-    def __init__(self, primitive: str = "primitive"):
-        super().__init__(
-            f"storax: state inside the function of a `{primitive}`, which does not tell JAX what its "
-            "function does besides computing: JAX would leave it out, or run it out of order. Get and "
-            "set the state outside of that function, and pass it in as an argument."
-        )
+def _hidden_state(primitive: str = "primitive") -> NotImplementedError:
+    return NotImplementedError(
+        f"storax: state inside the function of a `{primitive}`, which does not tell JAX what its "
+        "function does besides computing: JAX would leave it out, or run it out of order. Get and "
+        "set the state outside of that function, and pass it in as an argument."
+    )
 
 
 def evaluating(primitive: Any) -> Any:
@@ -744,7 +741,7 @@ def evaluating(primitive: Any) -> Any:
 
 
 def _refuse_hidden_state() -> None:
-    """Raises `HiddenStateError` where an equation would hide from JAX what its function does to state.
+    """Raises an error where an equation would hide from JAX what its function does to state.
 
     Some have their function's jaxpr among their parameters, but not its effects; others trace it anew
     when they are asked for their results' shapes. JAX remembers what it has been told of those, so that
@@ -756,7 +753,7 @@ def _refuse_hidden_state() -> None:
             out, effects = primitive.abstract_eval(*avals, **params)
         told = any(isinstance(e, StateEffect) for e in effects)
         if not told and primitive.name not in _TELL_LATER and has_state(*_all_jaxprs(params)):
-            raise HiddenStateError(primitive.name)
+            raise _hidden_state(primitive.name)
         return out, effects
 
     _pe._cached_abstract_eval = _util.multi_weakref_lru_cache(abstract_eval)
@@ -773,7 +770,7 @@ def _refuse_hidden_state() -> None:
     def to_jaxpr_and_look(self, *args, **kwargs):
         jaxpr, consts = to_jaxpr(self, *args, **kwargs)
         if _here.evaluated is not None and has_state(jaxpr):
-            raise HiddenStateError(_here.evaluated.name)
+            raise _hidden_state(_here.evaluated.name)
         return jaxpr, consts
 
     _pe.JaxprTrace.default_process_primitive = partially_and_look
@@ -845,7 +842,7 @@ def _keep_token_in_module() -> None:
     def get_or_create(self, effect):
         if isinstance(effect, StateEffect) and effect not in self._tokens:
             if effect not in _here.effects or isinstance(self._tokens, _Untold) or not in_main():
-                raise HiddenStateError
+                raise _hidden_state()
             self._tokens[effect] = _mlir.create_token()
         return get(self, effect)
 

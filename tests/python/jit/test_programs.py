@@ -45,6 +45,42 @@ def test_packed_form_has_one_load_and_one_store():
     assert custom_calls(loop, jnp.zeros(4)) == ["storax.load_states", "storax.store_states"]
 
 
+ONE = jnp.ones(1)
+# Where a first set is, and what is then set last, of 1.
+FIRST_SETS = {
+    "a scan": (lambda put: lambda x: lax.scan(lambda c, y: (put(c), y), x, jnp.zeros(3)), 3),
+    "a scan of nothing": (
+        lambda put: lambda x: lax.scan(lambda c, y: (put(c), y), x, ONE[:0]),
+        None,
+    ),
+    "a while_loop": (lambda put: lambda x: lax.while_loop(lambda x: x < 3, put, x), 2),
+    "a branch": (lambda put: lambda x: lax.cond(x > 0, put, lambda x: x, x), 1),
+    "a branch that is not taken": (
+        lambda put: lambda x: lax.cond(x > 9, put, lambda x: x, x),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1, 20_000])
+@pytest.mark.parametrize("where", FIRST_SETS)
+def test_a_first_set_that_may_not_run(where, size, jit):
+    index, (wrap, last) = storax.StateIndex(), FIRST_SETS[where]
+
+    def put(x):
+        storax.set_state(index, jnp.broadcast_to(x, size))
+        return x + 1
+
+    f = jit(wrap(put))
+    for _ in range(3):
+        f(jnp.float32(1))
+        if last is None:
+            with pytest.raises(RuntimeError, match="nothing has been set"):
+                storax.get_state(index, jnp.zeros(size))
+        else:
+            np.testing.assert_array_equal(storax.get_state(index, jnp.zeros(size)), last)
+
+
 AROUND = {
     "jit": jax.jit,
     "inlined jit": lambda f: jax.jit(f, inline=True),

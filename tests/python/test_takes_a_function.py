@@ -403,7 +403,7 @@ def test_what_is_hidden_until_it_is_lowered_is_refused_then(jit, f):
     with REFUSED:
         f.runs(0, jit(mine.bind), X)
     both = jit(lambda x: (f(x), mine.bind(x), f(x)))
-    if jit is jax.jit:  # it is lowered where it stands
+    if jit is jax.jit and "STORAX_JIT" not in os.environ:  # it is lowered where it stands
         assert f.runs(3, both, X) == (15, 20, 25)
     else:
         with REFUSED:

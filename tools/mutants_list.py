@@ -800,7 +800,7 @@ MUTANTS = [
         "_jax.py",
         "evaluating(primitive) if any(unknown) else",
         "evaluating(primitive) if False else",
-        "takes_a_function -k hidden",
+        "takes_a_function -k backward_pass",
     ),
     _never(
         "looks for hidden state in what is lowered",

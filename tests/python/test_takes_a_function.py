@@ -25,7 +25,7 @@ from jax.experimental.compute_on import compute_on
 from jax.experimental.jet import jet
 from jax.experimental.scheduling_groups import scheduling_group
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, mlir
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -410,8 +410,17 @@ def test_what_is_hidden_until_it_is_lowered_is_refused_then(jit, f):
             f.runs(0, both, X)
 
 
-@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
-def test_index_maps_of_kernels_are_refused(jit, f):
+def test_what_is_left_for_the_backward_pass_is_refused(f):
+    late = Primitive("late")
+    late.def_impl(f)
+    late.def_abstract_eval(lambda x: jax.eval_shape(lambda x: f(x), x))
+    ad.primitive_jvps[late] = lambda x, t: (jnp.sin(*x), late.bind(*t))
+    ad.primitive_transposes[late] = lambda ct, x: [late.bind(ct)]
+    with REFUSED:
+        f.runs(0, jax.grad(late.bind), X)
+
+
+def test_index_maps_of_kernels_are_refused(f):
     def index_map(k):
         f(k.astype(jnp.float32))
         return (k,)
@@ -428,8 +437,8 @@ def test_index_maps_of_kernels_are_refused(jit, f):
         out_specs=spec(lambda k: (k,)),
         interpret=True,
     )
-    with REFUSED:
-        f.runs(0, jit(call), jnp.ones(2))
+    with REFUSED:  # when it is traced: unused, it would never be lowered
+        jax.make_jaxpr(call)(jnp.ones(2))
 
 
 def test_noinline_is_refused_whatever_else_jax_knows_of_its_function(f):

@@ -533,6 +533,11 @@ def lower_inline(
     return flat
 
 
+def token(ctx: Any, effect: StateEffect) -> Any:
+    """What the next operation of a module under construction comes after."""
+    return ctx.tokens_in.get(effect)
+
+
 def ordered_ffi_call(
     ctx: Any,
     effect: StateEffect,
@@ -546,15 +551,15 @@ def ordered_ffi_call(
 
     The order is a token's, threaded through the module by JAX's own machinery for ordered effects.
     """
-    token, *results = ffi_call(
+    after, *results = ffi_call(
         ctx,
         target,
-        [ctx.tokens_in.get(effect), *operands],
+        [token(ctx, effect), *operands],
         [abstract_token, *avals_in],
         [abstract_token, *avals_out],
         **attributes,
     )
-    ctx.set_tokens_out(ctx.tokens_in.update_tokens(_mlir.TokenSet({effect: token})))
+    ctx.set_tokens_out(ctx.tokens_in.update_tokens(_mlir.TokenSet({effect: after})))
     return results
 
 

@@ -62,6 +62,8 @@ def _state_attribute(slot, type_id, order=()):
 
 def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     slot = _core.share_slot(slot_id)
+    effect = _jax.MESH_STATE if mesh else _jax.STATE
+    _jax.token(ctx, effect)  # first of all: there is none if the operation is hidden from JAX
     _unknown_jax.require("jit")
     _refuse(ctx, slot, op)
     _store.register_handlers()
@@ -69,7 +71,6 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
         _store.mesh_slots.add(slot_id)
     _jax.keep_alive(ctx, _store.Operation(slot, type_id))
     _loans.recall([slot], op)
-    effect = _jax.MESH_STATE if mesh else _jax.STATE
     order = _jax.mesh_ordinals(ctx) if mesh and op == "set_state" else ()
     return _jax.ordered_ffi_call(
         ctx,

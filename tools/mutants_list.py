@@ -771,15 +771,15 @@ MUTANTS = [
     Mutant(
         "state is hidden in a parameter",
         "_jax.py",
-        "has_state(*_all_jaxprs(params)):",
-        "False:",
+        "_TELL_LATER and _holds_state(params):",
+        "_TELL_LATER and False:",
         "takes_a_function -k hidden",
     ),
     Mutant(
         "state is hidden deep in a parameter",
         "_jax.py",
-        "(getattr(x, field.name, None) for field in dataclasses.fields(x))",
-        "()",
+        "any(_holds_state(getattr(x, f.name, None)) for f in dataclasses.fields(x))",
+        "False",
         "takes_a_function -k index_maps",
     ),
     Mutant(
@@ -798,8 +798,8 @@ MUTANTS = [
     Mutant(
         "state is hidden in a partial evaluation",
         "_jax.py",
-        "evaluating(primitive) if any(unknown) else",
-        "evaluating(primitive) if False else",
+        "                _here.evaluated = primitive\n                break",
+        "                break",
         "takes_a_function -k backward_pass",
     ),
     _never(

@@ -353,22 +353,26 @@ def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     return found
 
 
-def _all_jaxprs(x: Any) -> Iterator[Any]:
-    """All jaxprs in a parameter's value, in whatever it keeps them; but none within another."""
-    if isinstance(x, _core.Jaxpr) or type(x).__name__ == "ClosedJaxpr":
-        yield open_jaxpr(x)
-        return
-    parts: Any = ()
+# Values of parameters that have nothing in them.
+_PLAIN = frozenset((int, bool, float, str, type(None)))
+
+
+def _holds_state(x: Any) -> bool:
+    """Whether there is a jaxpr with state in a parameter's value, in whatever it keeps that."""
+    kind = type(x)
+    if kind in _PLAIN:
+        return False
+    if isinstance(x, _core.Jaxpr) or kind.__name__ == "ClosedJaxpr":
+        return has_state(x)
     if isinstance(x, (tuple, list)):
-        parts = x
-    elif isinstance(x, dict):
-        parts = x.values()
-    elif isinstance(x, functools.partial):
-        parts = (x.func, x.args, x.keywords)
-    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
-        parts = (getattr(x, field.name, None) for field in dataclasses.fields(x))
-    for part in parts:
-        yield from _all_jaxprs(part)
+        return any(map(_holds_state, x))
+    if isinstance(x, dict):
+        return any(map(_holds_state, x.values()))
+    if isinstance(x, functools.partial):
+        return _holds_state((x.func, x.args, x.keywords))
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return any(_holds_state(getattr(x, f.name, None)) for f in dataclasses.fields(x))
+    return False
 
 
 def has_rules(eqn: Any) -> bool:
@@ -753,11 +757,15 @@ def _refuse_hidden_state() -> None:
     all this costs next to nothing.
     """
 
+    # Every operation that JAX traces comes by here: no context managers, then, which take as long.
     def abstract_eval(primitive, *avals, **params):
-        with evaluating(primitive):
+        before, _here.evaluated = _here.evaluated, primitive
+        try:
             out, effects = primitive.abstract_eval(*avals, **params)
-        told = any(isinstance(e, StateEffect) for e in effects)
-        if not told and primitive.name not in _TELL_LATER and has_state(*_all_jaxprs(params)):
+        finally:
+            _here.evaluated = before
+        told = effects and any(isinstance(e, StateEffect) for e in effects)
+        if not told and primitive.name not in _TELL_LATER and _holds_state(params):
             raise _hidden_state(primitive.name)
         return out, effects
 
@@ -765,12 +773,15 @@ def _refuse_hidden_state() -> None:
     partially, to_jaxpr = _pe.JaxprTrace.default_process_primitive, _pe.JaxprStackFrame.to_jaxpr
 
     def partially_and_look(self, primitive, tracers, params):
-        unknown = (
-            type(t) is _pe.JaxprTracer and t._trace.tag is self.tag and not t.is_known()
-            for t in tracers
-        )
-        with evaluating(primitive) if any(unknown) else contextlib.nullcontext():
+        before = _here.evaluated
+        for t in tracers:
+            if type(t) is _pe.JaxprTracer and t._trace.tag is self.tag and not t.is_known():
+                _here.evaluated = primitive
+                break
+        try:
             return partially(self, primitive, tracers, params)
+        finally:
+            _here.evaluated = before
 
     def to_jaxpr_and_look(self, *args, **kwargs):
         jaxpr, consts = to_jaxpr(self, *args, **kwargs)
@@ -852,6 +863,8 @@ def _keep_token_in_module() -> None:
         return get(self, effect)
 
     def subset_with_state(self, effects):
+        if not effects:
+            return token_set(_Untold())
         if any(isinstance(e, StateEffect) for e in effects):
             return token_set({e: self.get(e) for e in effects})
         return token_set(_Untold(subset(self, effects)._tokens))

@@ -166,7 +166,7 @@ def _has_state(function: Any) -> bool:
 def _sets_state(jaxpr: Any) -> bool:
     for eqn in jaxpr.eqns:
         if _jax.has_state(eqn) and eqn.primitive is not get_p:
-            inner = _jax.inner_jaxprs(eqn.params)
+            inner = _jax.inner_jaxprs(eqn)
             if not inner or any(map(_sets_state, inner)):
                 return True
     return False

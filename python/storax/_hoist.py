@@ -112,7 +112,7 @@ def _collect(jaxpr: Any, found: dict[int, Use], mapped: set[int], once: bool, al
         elif eqn.primitive.name in _RULES:
             name = eqn.primitive.name
             runs = name not in ("while", "cond") and eqn.params.get("length") != 0
-            for inner in _jax.inner_jaxprs(eqn.params):
+            for inner in _jax.inner_jaxprs(eqn):
                 _collect(inner, found, mapped, once and runs and name != "scan", always and runs)
         else:
             mapped |= _mapped_slots(eqn)
@@ -121,7 +121,7 @@ def _collect(jaxpr: Any, found: dict[int, Use], mapped: set[int], once: bool, al
 def _mapped_slots(eqn: Any) -> set[int]:
     """The slots of an equation in which all state is per device."""
     slots = set()
-    for jaxpr in _jax.inner_jaxprs(eqn.params):
+    for jaxpr in _jax.inner_jaxprs(eqn):
         for inner in jaxpr.eqns:
             if inner.primitive in _OPERATIONS and inner.params["mesh"]:
                 slots.add(inner.params["slot"])
@@ -194,7 +194,7 @@ def _may_fail(eqn: Any) -> bool:
     if eqn.primitive in _OPERATIONS:
         return bool(eqn.params["mesh"])  # the others become values
     return eqn.primitive.name in _FALLIBLE or any(
-        _may_fail(inner) for jaxpr in _jax.inner_jaxprs(eqn.params) for inner in jaxpr.eqns
+        _may_fail(inner) for jaxpr in _jax.inner_jaxprs(eqn) for inner in jaxpr.eqns
     )
 
 

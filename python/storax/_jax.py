@@ -343,10 +343,10 @@ def call_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
     return _core.eval_jaxpr(open_jaxpr(jaxpr), jaxpr.consts, *args)
 
 
-def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters, opened."""
     found = []
-    for value in params.values():
+    for value in eqn.params.values():
         for x in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(x, _core.Jaxpr) or type(x).__name__ == "ClosedJaxpr":
                 found.append(open_jaxpr(x))
@@ -378,7 +378,7 @@ def _holds_state(x: Any) -> bool:
 def has_rules(eqn: Any) -> bool:
     """Whether an equation is, or contains, a function with a rule of its own for its derivative."""
     return eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call") or any(
-        has_rules(inner) for jaxpr in inner_jaxprs(eqn.params) for inner in jaxpr.eqns
+        has_rules(inner) for jaxpr in inner_jaxprs(eqn) for inner in jaxpr.eqns
     )
 
 

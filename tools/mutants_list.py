@@ -54,29 +54,9 @@ MUTANTS = [
         "_jax.py",
         "        with _entering(hoisting=True):",
         "        with contextlib.nullcontext():",
-        "grad nesting",
+        "unused",
     ),
-    _never(
-        "keeps remat in a scan",
-        "_jax.py",
-        "if _here.hoisting and has_state(jaxpr):",
-        "grad nesting",
-    ),
-    Mutant(
-        "an operation moves out of a scan",
-        "_jax.py",
-        "if not _here.hoisting:",
-        "if True:",
-        "grad nesting",
-    ),
-    _never(
-        "keeps while in a scan",
-        "_jax.py",
-        "if _here.hoisting:",
-        "grad",
-        "\n            known = [trace.instantiate_const(t) for t in tracers]\n"
-        "            out_avals, effects = while_p",
-    ),
+    _without("unused remat kept", "_jax.py", '    ("grad", _keep_state_in_remat),\n', "unused"),
     _never(
         "refuses to linearize while",
         "_jax.py",
@@ -132,13 +112,6 @@ MUTANTS = [
             ("masked set", "set_masked_p, _jvp_of_set(set_masked_p))", "grad"),
         ]
     ],
-    Mutant(
-        "a masked set is run again by remat",
-        "_primitives.py",
-        "for primitive in (get_p, set_p, set_masked_p):",
-        "for primitive in (get_p, set_p):",
-        "grad",
-    ),
     _never(
         "drops a level that nothing is batched at",
         "_primitives.py",

@@ -881,20 +881,11 @@ def _keep_token_in_module() -> None:
     token_set.update_tokens = update_with_state
 
 
-def _stage(trace, tracers, primitive, params, out_avals, effects):
-    """Adds an equation to what a partial evaluation leaves for later, whatever is known already."""
-    tracers = [trace.instantiate_const(trace.to_jaxpr_tracer(t)) for t in tracers]
-    outs = [_pe.JaxprTracer(trace, _pe.PartialVal.unknown(a), None) for a in out_avals]
-    source = _source_info.current().replace(name_stack=trace._current_truncated_name_stack())
-    eqn = _pe.new_eqn_recipe(trace, tracers, outs, primitive, params, effects, source)
-    trace.effect_handles.append(_pe.EffectHandle(tracers, eqn))
-    for t in outs:
-        t.recipe = eqn
-    return outs
-
-
 def _keep_state_in_scan() -> None:
-    """JAX moves what is constant out of scans under grad and remat, effects and all (jax#16637)."""
+    """JAX moves what is constant out of scans under grad and remat, effects and all (jax#16637).
+
+    What it finds to be constant and what not would also lose effects whose results nothing uses.
+    """
     known_hoisting = _loops._scan_known_hoisting
 
     def no_hoisting_of_state(
@@ -906,27 +897,47 @@ def _keep_state_in_scan() -> None:
 
     _loops._scan_known_hoisting = no_hoisting_of_state
 
-    # Remat's partial evaluation of a scan finds what is constant by another partial evaluation: in
-    # that one, state and whatever contains it count as not constant.
+    # Remat's partial evaluation of a scan finds what is constant by another partial evaluation.
     scan_rule = _pe.partial_eval_jaxpr_custom_rules[lax.scan_p]
+    divide = _pe.partial_eval_jaxpr_nounits
 
     def scan_rule_with_state(*args, **kwargs):
         with _entering(hoisting=True):
             return scan_rule(*args, **kwargs)
 
+    def divide_without_hoisting(jaxpr, unknown, instantiate):
+        if not (_here.hoisting and has_state(jaxpr)):
+            return divide(jaxpr, unknown, instantiate)
+        # Before the loop, the constants are handed on; the loop is all of it.
+        body = open_jaxpr(jaxpr)
+        consts = [v for v, unknown_ in zip(body.invars, unknown) if not unknown_]
+        names = body.debug_info.with_unknown_names()
+        before = body.replace(
+            constvars=[], invars=consts, outvars=consts, eqns=[], effects=set(), debug_info=names
+        )
+        loop = _pe.move_binders_to_front(jaxpr, [not unknown_ for unknown_ in unknown])
+        everything = [True] * len(body.outvars)
+        return _pe.close_jaxpr(before), loop, everything, [v.aval for v in consts]
+
     _pe.partial_eval_jaxpr_custom_rules[lax.scan_p] = scan_rule_with_state
+    _pe.partial_eval_jaxpr_nounits = divide_without_hoisting
 
+
+def _keep_state_in_remat() -> None:
+    """JAX 0.10 and 0.11 leave out a remat with effects of which nothing is used, and that uses nothing."""
     remat_p = _ad_checkpoint.remat_p
-    remat_rule = _pe.custom_partial_eval_rules[remat_p]
+    rule = _pe.dce_rules[remat_p]
 
-    def remat_rule_with_state(trace, *tracers, jaxpr, **params):
-        if _here.hoisting and has_state(jaxpr):
-            out_avals = [v.aval for v in jaxpr.outvars]
-            effects = _core.positional_effects(jaxpr)
-            return _stage(trace, tracers, remat_p, dict(jaxpr=jaxpr, **params), out_avals, effects)
-        return remat_rule(trace, *tracers, jaxpr=jaxpr, **params)
+    def rule_with_state(
+        used_outputs, *args
+    ):  # the equation; which refs are live before it, since 0.12
+        used_inputs, kept = rule(used_outputs, *args)
+        eqn = args[-1]
+        if kept is None and has_state(eqn):
+            return [True] * len(eqn.invars), eqn
+        return used_inputs, kept
 
-    _pe.custom_partial_eval_rules[remat_p] = remat_rule_with_state
+    _pe.dce_rules[remat_p] = rule_with_state
 
 
 def _keep_state_in_while() -> None:
@@ -965,10 +976,6 @@ def _keep_state_in_while() -> None:
         jaxprs = params["cond_jaxpr"], params["body_jaxpr"]
         if not has_state(*jaxprs):
             return rule(trace, *tracers, **params)
-        if _here.hoisting:
-            known = [trace.instantiate_const(t) for t in tracers]
-            out_avals, effects = while_p.abstract_eval(*[t.aval for t in known], **params)
-            return _stage(trace, known, while_p, params, out_avals, effects)
         kept, params = with_known_only(params, [not t.is_known() for t in tracers])
         return trace.default_process_primitive(while_p, [tracers[k] for k in kept], params)
 
@@ -989,22 +996,6 @@ def _keep_state_in_while() -> None:
 def _known_and_saved(saveable, unknown_in, instantiate_in, eqn):
     n = len(eqn.outvars)
     return eqn, None, [False] * n, [False] * n, []
-
-
-def define_partial_eval(primitive: Any) -> None:
-    """What remat looks for that may leave a scan is no operation on state, whatever it depends on.
-
-    For the rest JAX does what it does for all effects: run once, in the forward pass, and saved.
-    """
-
-    def staged_in_hoisting(trace, *tracers, **params):
-        if not _here.hoisting:
-            return trace.default_process_primitive(primitive, tracers, params)
-        known = [trace.instantiate_const(t) for t in tracers]
-        out_avals, effects = primitive.abstract_eval(*[t.aval for t in known], **params)
-        return _stage(trace, known, primitive, params, out_avals, effects)
-
-    _pe.custom_partial_eval_rules[primitive] = staged_in_hoisting
 
 
 def forget_failed_tokens() -> None:
@@ -1135,6 +1126,7 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("jit", _register_effect),
     ("jit", _keep_token_in_module),
     ("grad", _keep_state_in_scan),
+    ("grad", _keep_state_in_remat),
     ("grad", _keep_state_in_while),
     ("vmap", _mark_rules_of_parted_lanes),
     ("jit", _refuse_hidden_state),

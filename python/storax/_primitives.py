@@ -389,5 +389,3 @@ def install_differentiation() -> None:
     _jax.define_jvp(frozen_p, _jvp_of_get(frozen_p))
     _jax.define_jvp(set_p, _jvp_of_set(set_p))
     _jax.define_jvp(set_masked_p, _jvp_of_set(set_masked_p))
-    for primitive in (get_p, set_p, set_masked_p):
-        _jax.define_partial_eval(primitive)

@@ -1,0 +1,207 @@
+"""State in what has results that nothing uses, or none, and could be left out: derivatives of loops around it.
+
+JAX divides such programs again and again, into what is known and what is not, and into what may leave a
+loop and what may not, and leaves out what has no use. Every set must stay, as often as it is written.
+"""
+
+import itertools
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import storax
+
+ALL = os.environ.get("STORAX_ALL") == "1"
+
+
+def custom_jvp(f):
+    g = jax.custom_jvp(f)
+    g.defjvp(lambda primals, tangents: (g(*primals), tangents[0]))
+    return g
+
+
+def custom_vjp(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x: (g(x), None), lambda _, ct: (ct,))
+    return g
+
+
+HELPERS = ("read", "count", "counted", "if_")
+
+
+class Counting:
+    """Ways to count once. What decides is the loop's counter `k`, a constant `c` or the value `v`."""
+
+    def __init__(self):
+        self.index = storax.StateIndex()
+        storax.set_state(self.index, jnp.array(0))
+
+    def read(self):
+        return storax.get_state(self.index, jnp.array(0))
+
+    def count(self):
+        storax.set_state(self.index, self.read() + 1)
+
+    def counted(self, x):
+        self.count()
+        return x
+
+    def if_(self, x):
+        lax.cond(x >= 0, self.count, lambda: None)
+
+    def plain(self, v, k, c):
+        self.count()
+
+    def cond_by_counter(self, v, k, c):
+        self.if_(k)
+
+    def cond_by_constant(self, v, k, c):
+        self.if_(c)
+
+    def cond_by_value(self, v, k, c):
+        self.if_(v + 9)
+
+    def cond_by_state(self, v, k, c):
+        self.if_(self.read())
+
+    def cond_with_result(self, v, k, c):
+        lax.cond(c >= 0, lambda: self.counted(c * 2), lambda: c)
+
+    def switch(self, v, k, c):
+        lax.switch(c.astype(int) * 0, [self.count, lambda: None, self.count])
+
+    def cond_in_cond(self, v, k, c):
+        lax.cond(k >= 0, lambda: self.if_(c), lambda: None)
+
+    def scan(self, v, k, c):
+        lax.scan(lambda a, _: (self.counted(a + 1), None), c, None, length=1)
+
+    def scan_without_results(self, v, k, c):
+        lax.scan(lambda a, _: (self.count(), None), None, None, length=1)
+
+    def scan_of_cond(self, v, k, c):
+        lax.scan(lambda a, _: (self.if_(c), None), None, None, length=1)
+
+    def scan_with_outputs(self, v, k, c):
+        lax.scan(lambda a, x: (self.counted(a + x), x), k, jnp.arange(1))
+
+    def fori(self, v, k, c):
+        lax.fori_loop(0, 1, lambda _, a: self.counted(a), 0)
+
+    def while_(self, v, k, c):
+        lax.while_loop(lambda n: n < c + 1, lambda n: self.counted(n + c), c)
+
+    def while_of_cond(self, v, k, c):
+        lax.while_loop(lambda n: n < 1, lambda n: (self.if_(c), n + 1)[1], 0)
+
+    def jit(self, v, k, c):
+        jax.jit(lambda x: self.counted(x * 2))(c)
+
+    def jit_without_results(self, v, k, c):
+        jax.jit(self.count)()
+
+    def jit_of_cond(self, v, k, c):
+        jax.jit(self.if_)(c)
+
+    def jit_of_value(self, v, k, c):
+        jax.jit(lambda x: self.counted(x * 2))(v)
+
+    def storax_jit(self, v, k, c):
+        storax.jit(lambda x: self.counted(x * 2))(c)
+
+    def checkpoint(self, v, k, c):
+        jax.checkpoint(lambda x: self.counted(jnp.sin(x)))(c)
+
+    def checkpoint_without_results(self, v, k, c):
+        jax.checkpoint(self.count)()
+
+    def checkpoint_of_cond(self, v, k, c):
+        jax.checkpoint(self.if_)(c)
+
+    def custom_jvp(self, v, k, c):
+        custom_jvp(self.counted)(c)
+
+    def custom_jvp_of_value(self, v, k, c):
+        custom_jvp(self.counted)(v)
+
+    def custom_jvp_of_cond(self, v, k, c):
+        custom_jvp(lambda x: (self.if_(x), x)[1])(c)
+
+    def custom_vjp(self, v, k, c):
+        custom_vjp(self.counted)(c)
+
+    def custom_vjp_of_value(self, v, k, c):
+        custom_vjp(self.counted)(v)
+
+    def custom_vjp_of_cond(self, v, k, c):
+        custom_vjp(lambda x: (self.if_(x), x)[1])(c)
+
+    def vmap_of_cond(self, v, k, c):
+        jax.vmap(self.if_)(c + jnp.arange(2.0))
+
+    def vmap_of_while(self, v, k, c):
+        steps = lambda x: lax.while_loop(lambda n: n < x, lambda n: self.counted(n + 1), 0.0)
+        jax.vmap(steps)(c + jnp.zeros(2))
+
+
+WAYS = [name for name in vars(Counting) if name[0] != "_" and name not in HELPERS]
+
+# What the loop's body returns of the value and the constant.
+BODIES = {
+    "as it was": lambda v, c: v,
+    "sine": lambda v, c: jnp.sin(v),
+    "linear": lambda v, c: v * 2,
+    "times the constant": lambda v, c: v * c,
+}
+# Each runs the body three times.
+LOOPS = {
+    "scan": lambda body, x: lax.scan(body, x, jnp.arange(3))[0],
+    "fori": lambda body, x: lax.fori_loop(0, 3, lambda k, v: body(v, k)[0], x),
+    "scan in scan": lambda body, x: lax.scan(
+        lambda v, _: lax.scan(body, v, jnp.arange(3)), x, None, length=1
+    )[0],
+    "no loop": lambda body, x: body(body(body(x, 0)[0], 1)[0], 2)[0],
+}
+everything = jax.checkpoint_policies.everything_saveable
+DERIVATIVES = {
+    "checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+    "none": lambda f: f,
+    "grad": jax.grad,
+    "jit": lambda f: jax.jit(jax.grad(jax.checkpoint(f))),
+    "storax.jit": lambda f: storax.jit(jax.grad(jax.checkpoint(f))),
+    "policy": lambda f: jax.grad(jax.checkpoint(f, policy=everything)),
+    "of jit": lambda f: jax.grad(jax.checkpoint(jax.jit(f))),
+    "twice": lambda f: jax.grad(jax.checkpoint(jax.checkpoint(f))),
+    "linearize": lambda f: lambda x, c: jax.linearize(lambda x: jax.checkpoint(f)(x, c), x)[1](1.0),
+    "vmap": lambda f: lambda x, c: jax.vmap(jax.grad(jax.checkpoint(f)), (0, None))(jnp.ones(2), c),
+}
+
+
+SAMPLE = ("cond_by_counter", "checkpoint", "custom_jvp")
+
+
+def cases():
+    """All of them, or those that differ from the usual one in one thing, for a sample in two."""
+    usual = [next(iter(choices)) for choices in (BODIES, LOOPS, DERIVATIVES)]
+    for way, *rest in itertools.product(WAYS, BODIES, LOOPS, DERIVATIVES):
+        others = sum(a != b for a, b in zip(rest, usual, strict=True))
+        if ALL or others <= (way in SAMPLE) or rest == ["sine", "no loop", "checkpoint"]:
+            yield pytest.param(way, *rest, id="-".join([way, *rest]))
+
+
+@pytest.mark.parametrize(("way", "body", "loop", "derivative"), list(cases()))
+def test_unused_results(way, body, loop, derivative):
+    counting = Counting()
+
+    def f(x, c):
+        def step(v, k):
+            getattr(counting, way)(v, k, c)
+            return BODIES[body](v, c), None
+
+        return LOOPS[loop](step, x)
+
+    jax.block_until_ready(DERIVATIVES[derivative](f)(jnp.float32(1), jnp.float32(1)))
+    assert counting.read() == 3

@@ -56,6 +56,43 @@ MUTANTS = [
         "        with contextlib.nullcontext():",
         "unused",
     ),
+    _never(
+        "waits before a mesh", "_jax.py", "if is_alone(self):", "order", "\n            before()"
+    ),
+    _never("waits after a mesh", "_jax.py", "if is_alone(self):", "order", "\n            finish("),
+    Mutant(
+        "fast paths are kept",
+        "_store.py",
+        "            _jax.forget_fast_paths()",
+        "            pass",
+        "order",
+    ),
+    _never(
+        "waits for a mesh before it compiles",
+        "_store.py",
+        "if not mesh_slots.isdisjoint(ids):",
+        "order",
+    ),
+    Mutant(
+        "a state that may become mapped can't fail",
+        "_store.py",
+        "return not becomes_mapped and",
+        "return",
+        "order",
+    ),
+    _never(
+        "waits for what a state becomes",
+        "_operations.py",
+        "if slot.id in _store.mesh_slots:",
+        "order",
+    ),
+    Mutant(
+        "a stack is made of what is in flight",
+        "_stack.py",
+        "    _store.settle(slot.core)  # a program may be about to set it\n",
+        "",
+        "stack",
+    ),
     _without("unused remat kept", "_jax.py", '    ("grad", _keep_state_in_remat),\n', "unused"),
     _never(
         "refuses to linearize while",

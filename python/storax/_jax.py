@@ -910,12 +910,12 @@ def _keep_state_in_scan() -> None:
             return divide(jaxpr, unknown, instantiate)
         # Before the loop, the constants are handed on; the loop is all of it.
         body = open_jaxpr(jaxpr)
-        consts = [v for v, unknown_ in zip(body.invars, unknown) if not unknown_]
+        consts = [v for v, later in zip(body.invars, unknown, strict=True) if not later]
         names = body.debug_info.with_unknown_names()
         before = body.replace(
             constvars=[], invars=consts, outvars=consts, eqns=[], effects=set(), debug_info=names
         )
-        loop = _pe.move_binders_to_front(jaxpr, [not unknown_ for unknown_ in unknown])
+        loop = _pe.move_binders_to_front(jaxpr, [not later for later in unknown])
         everything = [True] * len(body.outvars)
         return _pe.close_jaxpr(before), loop, everything, [v.aval for v in consts]
 
@@ -1018,6 +1018,30 @@ def on_runtime_error(told: Callable[[str], None]) -> None:
     JaxRuntimeError.__init__ = init
 
 
+def run_alone_on_mesh(before: Callable[[], None], finish: Callable[[Any], None]) -> None:
+    """Calls `before()` and `finish(token)` around programs over a mesh that must run alone."""
+    executable = _pxla.ExecuteReplicated
+    add_tokens, handle_tokens = executable._add_tokens_to_inputs, executable._handle_token_bufs
+
+    def is_alone(self):
+        return MESH_STATE in self.ordered_effects and any(
+            k.must_be_alone() for k in self.keepalive or () if hasattr(k, "must_be_alone")
+        )
+
+    def wait_and_add_tokens(self, inputs):
+        if is_alone(self):
+            before()
+        return add_tokens(self, inputs)
+
+    def handle_tokens_and_finish(self, *tokens):
+        handle_tokens(self, *tokens)
+        if is_alone(self):
+            finish(_dispatch_module.runtime_tokens.current_tokens[MESH_STATE])
+
+    executable._add_tokens_to_inputs = wait_and_add_tokens
+    executable._handle_token_bufs = handle_tokens_and_finish
+
+
 _dispatch = threading.local()
 
 
@@ -1040,6 +1064,11 @@ def _delay_fast_path() -> None:
 
     _pjit._get_fastpath_data = fast_path_data_if_safe
     _pjit._need_to_rebuild_with_fdo = rebuild_if_unsafe
+
+
+def forget_fast_paths() -> None:
+    """Has every jitted function ask again, at its next call, whether it may take JAX's C++ path."""
+    _pjit._jax.PjitFunctionCache.clear_all()
 
 
 def _compile_with_care() -> None:

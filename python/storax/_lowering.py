@@ -67,9 +67,8 @@ def _lower(ctx, op, target, slot_id, type_id, mesh, operands, avals_in):
     _unknown_jax.require("jit")
     _refuse(ctx, slot, op)
     _store.register_handlers()
-    if mesh:
-        _store.mesh_slots.add(slot_id)
-    _jax.keep_alive(ctx, _store.Operation(slot, type_id))
+    _store.note_program([slot], bool(mesh))
+    _jax.keep_alive(ctx, _store.Operation(slot, type_id, bool(mesh)))
     _loans.recall([slot], op)
     order = _jax.mesh_ordinals(ctx) if mesh and op == "set_state" else ()
     return _jax.ordered_ffi_call(

@@ -151,6 +151,8 @@ def _parameters(index: StateIndex, structure: Structure, op: str) -> tuple[list[
 
 def _get_now(slot: Slot, like: list[Any], structure: Structure) -> list[Any]:
     """What the primitive would do, by a shorter way."""
+    if slot.id in _store.mesh_slots:
+        _store.settle(slot.core)  # a program may be about to make it a state per device
     if slot.core.type and slot.core.device < 0:
         parts = type_parts(slot.core.type)
         sizes = tuple(size for _, size in parts.mesh)

@@ -58,6 +58,7 @@ def _lower(ctx: Any, target: str, op: str, operands: Any, avals_in: Any, slots: 
         raise NeedsPureError
     _store.register_handlers()
     shared = [_core.share_slot(slot_id) for slot_id, _ in slots]
+    _store.note_program(shared, False)
     for slot in shared:
         _jax.keep_alive(ctx, _core.Pin(slot))
     _loans.recall(shared, op)

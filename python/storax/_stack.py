@@ -79,6 +79,7 @@ def stack(make: Callable[..., Any]) -> Callable[..., Any]:
 
 def _stack_slot(slot: Slot, rows: int) -> Slot:
     """A new slot with a row per layer: of what is batched, a lane each; of what isn't, a copy each."""
+    _store.settle(slot.core)  # a program may be about to set it
     made = Slot(slot.core.name)
     type_id = slot.core.type
     if not type_id:

@@ -54,14 +54,20 @@ os.register_at_fork(after_in_child=_note_fork)
 class Operation:
     """One operation of a program; programs hold these, and so keep their slots alive, and in place."""
 
-    def __init__(self, slot: Any, type_id: int):
+    def __init__(self, slot: Any, type_id: int, over_mesh: bool):
         self.slot = slot
         self.type_id = type_id
+        self.over_mesh = over_mesh
         self._pin = _core.Pin(slot)
 
     def cannot_fail(self) -> bool:
         """Whether the state is there, and of the right type, as it then is for ever."""
-        return self.slot.accepts(self.type_id)
+        becomes_mapped = not self.over_mesh and self.slot.id in mesh_slots
+        return not becomes_mapped and self.slot.accepts(self.type_id)
+
+    def must_be_alone(self) -> bool:
+        """Whether it is run over a mesh, on a state that programs on one device use too."""
+        return self.over_mesh and self.slot.id in _device_slots
 
 
 @functools.cache
@@ -81,6 +87,7 @@ def register_handlers() -> None:
     jax.ffi.register_ffi_target(_jax.COPY, handlers["copy"], platform="cpu")
     # A failure that JAX itself has raised need not be raised again.
     _jax.on_runtime_error(_told)
+    _jax.run_alone_on_mesh(_wait_for_devices, _finish)
     atexit.register(_report_at_exit)
 
 
@@ -120,8 +127,23 @@ def raise_failures() -> None:
             )
 
 
-# Slots that programs over a mesh have named.
+# Slots that programs over a mesh have named, and those that programs on one device have. XLA orders
+# neither after the other: where a slot is in both, the former run alone.
 mesh_slots: builtins.set[int] = builtins.set()
+_device_slots: builtins.set[int] = builtins.set()
+
+
+def note_program(slots: Sequence[Any], over_mesh: bool) -> None:
+    """Notes that a program names these slots, when it is lowered."""
+    ids = {slot.id for slot in slots}
+    if over_mesh:
+        if not _device_slots.isdisjoint(ids - mesh_slots):
+            _jax.forget_fast_paths()  # these programs may fail from now on
+        mesh_slots.update(ids)
+        return
+    _device_slots.update(ids)
+    if not mesh_slots.isdisjoint(ids):
+        _wait_for_meshes()
 
 
 def settle(slot: Any, waited: builtins.set[int] | None = None) -> None:
@@ -160,6 +182,17 @@ def _wait_for_programs(slot: Any, waited: builtins.set[int] | None) -> None:
 def _wait_for_devices() -> None:
     for device in jax.local_devices(backend="cpu"):
         _jax.wait_for_this_thread(_jax.device_ordinal(device))
+
+
+def _finish(token: Any) -> None:
+    """Waits for a program over a mesh. What fails in it is for those to raise who would have otherwise."""
+    _catching.now = True
+    try:
+        token.block_until_ready()
+    except (RuntimeError, ExceptionGroup):
+        pass
+    finally:
+        _catching.now = False
 
 
 def _wait_for_meshes() -> None:

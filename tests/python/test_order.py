@@ -3,6 +3,7 @@
 Without tokens XLA:CPU reorders side effects in nine of these ten programs.
 """
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import equinox as eqx
@@ -202,7 +203,7 @@ def test_what_is_in_flight_is_waited_for(first, device, held, read):
     device = jax.devices()[device]
     m = jax.device_put(IN_FLIGHT, device)
     in_flight = 0
-    for k in range(3):
+    for k in range(2):
         index = storax.StateIndex()
         if not first:
             storax.set_state(index, jax.device_put(jnp.float32(-1), device))
@@ -249,6 +250,116 @@ def test_a_set_over_a_mesh_in_flight_is_waited_for():
 
         jax.jit(jax.shard_map(set_late, mesh=mesh, in_specs=P("i"), out_specs=P("i")))(ms)
         assert read(index) == 1
+
+
+def with_axis_in_front(index):
+    return storax.get_state(index, jnp.zeros(4))
+
+
+def copied(index):
+    return with_axis_in_front(copy.deepcopy(index))
+
+
+@pytest.mark.parametrize("read", [with_axis_in_front, copied])
+def test_a_first_set_over_a_mesh_in_flight_is_waited_for(read):
+    """What the state is, one or one per device, is not known before."""
+    xs = jnp.arange(4.0)
+    for k in range(2):
+        index = storax.StateIndex()
+        storax.set_state(index, jnp.float32(0))
+        on_mesh(
+            lambda x, index=index, k=k: storax.set_state(index, x + k + 0 * busy(x, 2_000_000))
+        )(xs)
+        np.testing.assert_array_equal(read(index), xs + k)
+
+
+def busy(x, steps=100_000):
+    """Some milliseconds, asynchronously over a mesh."""
+    return lax.fori_loop(0, steps, lambda _, a: jnp.cos(a), x)
+
+
+MESH = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+
+
+def by_shard_map(f):
+    def of_one(xs):
+        f(xs[0])
+        return xs
+
+    return jax.jit(jax.shard_map(of_one, mesh=MESH, in_specs=P("i"), out_specs=P("i")))
+
+
+def by_pmap(f):
+    return jax.pmap(lambda x: (f(x), x)[1], axis_name="i")
+
+
+on_mesh = by_shard_map
+
+
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+@pytest.mark.parametrize("mapped", [by_shard_map, by_pmap])
+class TestOverAMeshAndOnOneDevice:
+    """XLA orders neither kind of program after the other."""
+
+    # On their devices already: to bring them there would wait for the first.
+    xs = jax.device_put(jnp.arange(4.0), NamedSharding(MESH, P("i")))
+
+    def index(self):
+        index = storax.StateIndex()
+        storax.set_state(index, jnp.float32(0))
+        return index
+
+    def test_a_set_comes_after_a_get_over_the_mesh(self, jit, mapped):
+        index, seen = self.index(), self.index()
+        # Each device's own, so that what a device got stays to be seen.
+        reads = mapped(lambda x: storax.set_state(seen, get(index) + 0 * busy(x)))
+        write = jit(lambda x: storax.set_state(index, x))
+        write(jnp.float32(0))
+        reads(self.xs)
+        for k in range(10):
+            reads(self.xs)
+            write(jnp.float32(k + 1))
+            np.testing.assert_array_equal(with_axis_in_front(seen), [k] * 4)
+
+    def test_a_get_over_the_mesh_comes_after_a_set(self, jit, mapped):
+        index, seen = self.index(), self.index()
+        reads = mapped(lambda x: storax.set_state(seen, get(index) + 0 * x))
+        write = jit(lambda m, x: storax.set_state(index, x + heavy(m)[0, 0] * 0))
+        for k in range(10):
+            write(IN_FLIGHT, jnp.float32(k))
+            reads(self.xs)
+            np.testing.assert_array_equal(with_axis_in_front(seen), [k] * 4)
+
+    def test_a_program_compiled_while_the_mesh_is_busy(self, jit, mapped):
+        index = self.index()
+        mapped(lambda x: storax.set_state(index, 7 + 0 * busy(x, 4_000_000)))(self.xs)
+        assert jit(lambda: get(index))() == 7
+
+    @pytest.mark.parametrize("by_all", [True, False])
+    def test_what_was_one_state_is_one_per_device(self, jit, mapped, by_all):
+        index = self.index()
+        read = jit(lambda: get(index))
+        read_by_all = mapped(lambda x: 0 * get(index) * x)
+        for _ in range(6):
+            read()
+            if by_all:
+                read_by_all(self.xs)
+        mapped(lambda x: storax.set_state(index, x + 0 * busy(x)))(self.xs)
+        with pytest.raises(RuntimeError, match="mapped over mesh axes"):
+            jax.block_until_ready(read())
+
+
+def test_programs_over_a_mesh_alone_wait_for_nothing():
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(0))
+    run = by_shard_map(lambda x: storax.set_state(index, get(index) + 1 + 0 * busy(x, 5_000_000)))
+    run(jnp.arange(4.0))
+    storax.barrier()
+    before = index._slot.core.num_sets
+    run(jnp.arange(4.0))
+    assert index._slot.core.num_sets == before
+    storax.barrier()
+    assert index._slot.core.num_sets == before + 4
 
 
 def test_threads_wait_for_their_own_programs():

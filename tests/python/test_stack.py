@@ -267,6 +267,25 @@ def test_states_of_each_device_are_refused():
         jax.jit(f)(jnp.ones((4, 3)))
 
 
+def test_states_that_a_program_in_flight_sets():
+    class Late(eqx.Module):
+        count: storax.StateIndex
+
+        def __init__(self, key):
+            self.count = storax.StateIndex()
+
+            @jax.jit
+            def set_late(m):
+                for _ in range(12):
+                    m = jnp.tanh(m @ m) * 0.01
+                storax.set_state(self.count, 3 + 0 * m[0, 0])
+
+            set_late(jnp.ones((800, 800)))
+
+    layers = storax.stack(Late)(KEYS)
+    np.testing.assert_array_equal(storax.get_state(layers.count, jnp.zeros(N)), [3] * N)
+
+
 def test_errors():
     with pytest.raises(RuntimeError, match=r"storax.stack must be called outside"):
         jax.jit(lambda: storax.stack(Layer)(KEYS).weight)()

@@ -1,4 +1,4 @@
-"""State in what has results that nothing uses, or none, and could be left out: derivatives of loops around it.
+"""State in what has results that nothing uses, or none, inside of loops that are differentiated.
 
 JAX divides such programs again and again, into what is known and what is not, and into what may leave a
 loop and what may not, and leaves out what has no use. Every set must stay, as often as it is written.

@@ -93,7 +93,13 @@ MUTANTS = [
         "",
         "stack",
     ),
-    _without("unused remat kept", "_jax.py", '    ("grad", _keep_state_in_remat),\n', "unused"),
+    _never(
+        "keeps a forward rule of which nothing is used",
+        "_jax.py",
+        "if has_state(eqn) or (kept is not None and has_state(kept)):",
+        "unused",
+    ),
+    _without("unused remat kept", "_jax.py", '    ("grad", _keep_unused_state),\n', "unused"),
     _never(
         "refuses to linearize while",
         "_jax.py",

@@ -923,21 +923,29 @@ def _keep_state_in_scan() -> None:
     _pe.partial_eval_jaxpr_nounits = divide_without_hoisting
 
 
-def _keep_state_in_remat() -> None:
-    """JAX 0.10 and 0.11 leave out a remat with effects of which nothing is used, and that uses nothing."""
-    remat_p = _ad_checkpoint.remat_p
-    rule = _pe.dce_rules[remat_p]
+def _keep_unused_state() -> None:
+    """JAX 0.10 and 0.11 leave out a remat with effects of which nothing is used, and that uses nothing.
 
-    def rule_with_state(
-        used_outputs, *args
-    ):  # the equation; which refs are live before it, since 0.12
-        used_inputs, kept = rule(used_outputs, *args)
-        eqn = args[-1]
-        if kept is None and has_state(eqn):
-            return [True] * len(eqn.invars), eqn
-        return used_inputs, kept
+    And a rule of custom_vjp with `optimize_remat=True` of which no residuals are used becomes the
+    function itself, whatever state is in either.
+    """
 
-    _pe.dce_rules[remat_p] = rule_with_state
+    def keeping_state(rule):
+        def rule_with_state(
+            used_outputs, *args
+        ):  # the equation; before it, since 0.12, which refs live
+            used_inputs, kept = rule(used_outputs, *args)
+            eqn = args[-1]
+            if kept is not None and kept.primitive is eqn.primitive:
+                return used_inputs, kept
+            if has_state(eqn) or (kept is not None and has_state(kept)):
+                return [True] * len(eqn.invars), eqn
+            return used_inputs, kept
+
+        return rule_with_state
+
+    for primitive in (_ad_checkpoint.remat_p, _custom.remat_opt_p):
+        _pe.dce_rules[primitive] = keeping_state(_pe.dce_rules[primitive])
 
 
 def _keep_state_in_while() -> None:
@@ -1155,7 +1163,7 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("jit", _register_effect),
     ("jit", _keep_token_in_module),
     ("grad", _keep_state_in_scan),
-    ("grad", _keep_state_in_remat),
+    ("grad", _keep_unused_state),
     ("grad", _keep_state_in_while),
     ("vmap", _mark_rules_of_parted_lanes),
     ("jit", _refuse_hidden_state),

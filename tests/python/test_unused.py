@@ -205,3 +205,39 @@ def test_unused_results(way, body, loop, derivative):
 
     jax.block_until_ready(DERIVATIVES[derivative](f)(jnp.float32(1), jnp.float32(1)))
     assert counting.read() == 3
+
+
+REMAT_WAYS = {
+    "eager": lambda g: jax.grad(g),
+    "jit": lambda g: jax.jit(jax.grad(g)),
+    "of jit": lambda g: jax.grad(jax.jit(g)),
+    "storax.jit": lambda g: storax.jit(jax.grad(g)),
+    "checkpoint": lambda g: jax.grad(jax.checkpoint(g)),
+    "scan": lambda g: jax.grad(lambda x: lax.scan(lambda c, _: (g(c), None), x, None, length=1)[0]),
+    "vmap": lambda g: lambda x: jax.jit(jax.vmap(jax.grad(g)))(jnp.stack([x, x])),
+}
+
+
+@pytest.mark.parametrize("where", ["fwd", "function", "both"])
+@pytest.mark.parametrize("way", REMAT_WAYS)
+def test_optimize_remat(way, where):
+    """JAX would run the function instead of its forward rule, where nothing uses what the rule saves."""
+    in_function, in_rule = Counting(), Counting()
+
+    @jax.custom_vjp
+    def g(x):
+        if where != "fwd":
+            in_function.count()
+        return jnp.sin(x)
+
+    def forward(x):
+        if where != "function":
+            in_rule.count()
+        return jnp.sin(x), None
+
+    g.defvjp(forward, lambda _, ct: (ct,), optimize_remat=True)
+    for k in range(1, 3):
+        REMAT_WAYS[way](g)(jnp.float32(1))
+        assert (in_function.read(), in_rule.read()) == (0, k * (where != "function"))
+    g(jnp.float32(1))
+    assert in_function.read() == (where != "fwd")

@@ -37,6 +37,7 @@ class Maker(Regions):
         self.number = number
         self.left = size  # statements
         self.made = 0
+        self.planned = []  # kinds of the next regions
 
     def name(self, letter):
         self.made += 1
@@ -119,7 +120,9 @@ class Maker(Regions):
         return self.pick(["bump", *SIMPLE])
 
     def region_kind(self, scope):
-        kinds = ["call", "branch", "scan", "while", "fori", "grad"]
+        if self.planned:
+            return self.planned.pop(0)
+        kinds = ["call", "branch", "scan", "while", "fori", "grad", "grad"]
         if scope.lanes:  # which may part company
             kinds += ["branch", "while", "fori"] * 3
         return self.pick([*kinds, *["vmap"] * (9 if scope.waiting() else 1)])

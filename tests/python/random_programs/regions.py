@@ -12,6 +12,7 @@ from .syntax import (
     Mapped,
     Scan,
     Unmapped,
+    Var,
     Vmap,
     While,
 )
@@ -36,7 +37,7 @@ class Regions:
         return tuple(Binding(v.name, v.vector) for v in variables)
 
     def make_call(self, scope, deep):
-        how = self.pick(CALLS)
+        how = self.pick(CALLS + ("checkpoint",) * 4 * bool(scope.backward))
         custom = how.startswith("custom")
         inner = scope.custom(how) if custom else scope
         closes_over = not custom and self.flag()
@@ -65,6 +66,11 @@ class Regions:
 
     def make_scan(self, scope, deep):
         carries, known = self.carries(scope, scope, NONE)
+        active = [v for v in scope.variables if v.active & scope.backward]
+        if active and self.flag():
+            v = self.pick(active)
+            known.append(v.but(name=self.name("c")))
+            carries += (Carry(known[-1].name, Var(v.name), v.vector),)
         item = Variable(self.name("i"))
         made, inner = self.statements(scope.plus(item, *known), deep)
         results = self.results(inner, known)
@@ -185,6 +191,10 @@ class Regions:
         mode = "forward" if how == "jvp" else "backward"
         inner = scope.plus(t.but(active=t.active | {t.name}))
         inner = inner.but(**{mode: getattr(scope, mode) | {t.name}})
+        if how == "value_and_grad" and self.flag():
+            # JAX takes loops in a checkpoint apart, and leaves out what nothing uses.
+            self.planned = ["call", "scan", self.pick(["call", "branch", "scan", "fori"])]
+            deep, self.left = max(deep, len(self.planned)), self.left + len(self.planned)
         body, (result,) = self.free_block(inner, deep, 1)
         # The slope may depend on whatever the body has seen.
         seen = (*inner.variables, result)

@@ -56,10 +56,14 @@ MUTANTS = [
         "        with contextlib.nullcontext():",
         "unused",
     ),
-    _never(
-        "waits before a mesh", "_jax.py", "if is_alone(self):", "order", "\n            before()"
+    Mutant(
+        "never waits before a mesh",
+        "_store.py",
+        "    if _runs_alone(kept):\n        _wait_for_devices()",
+        "    pass",
+        "order",
     ),
-    _never("waits after a mesh", "_jax.py", "if is_alone(self):", "order", "\n            finish("),
+    _never("waits after a mesh", "_store.py", "if _runs_alone(kept):  #", "order"),
     Mutant(
         "fast paths are kept",
         "_store.py",
@@ -67,16 +71,45 @@ MUTANTS = [
         "            pass",
         "order",
     ),
-    _never(
-        "waits for a mesh before it compiles",
+    Mutant(
+        "never waits for a mesh before it compiles",
         "_store.py",
-        "if not mesh_slots.isdisjoint(ids):",
+        "            _finish(token)",
+        "            pass",
         "order",
+    ),
+    Mutant(
+        "waits for this thread's mesh only",
+        "_store.py",
+        "for token in list(_last_tokens.values()):",
+        "for token in filter(None, [_last_tokens.get(threading.get_ident())]):",
+        "order",
+    ),
+    Mutant(
+        "a program ahead of time leaves out its token",
+        "_jax.py",
+        "        if MESH_STATE in getattr(self.unsafe_call",
+        "        if None in getattr(self.unsafe_call",
+        "order",
+    ),
+    Mutant(
+        "a shard_map needs no devices",
+        "_jax.py",
+        "new.primitive is eqn.primitive and (new.invars or new.outvars):",
+        "new.primitive is eqn.primitive:",
+        "unused",
+    ),
+    Mutant(
+        "state is left to remat's backward pass",
+        "_jax.py",
+        "    _pe.partial_eval_jaxpr_custom = with_all_state_known\n",
+        "",
+        "unused",
     ),
     Mutant(
         "a state that may become mapped can't fail",
         "_store.py",
-        "return not becomes_mapped and",
+        "return not may_be_mapped and",
         "return",
         "order",
     ),
@@ -96,7 +129,7 @@ MUTANTS = [
     _never(
         "keeps a forward rule of which nothing is used",
         "_jax.py",
-        "if has_state(eqn) or (kept is not None and has_state(kept)):",
+        "if has_state(eqn) or (new is not None and has_state(new)):",
         "unused",
     ),
     _without("unused remat kept", "_jax.py", '    ("grad", _keep_unused_state),\n', "unused"),
@@ -228,7 +261,7 @@ MUTANTS = [
     _without(
         "programs that keep slots alive",
         "_lowering.py",
-        "    _jax.keep_alive(ctx, _store.Operation(slot, type_id))\n",
+        "    _jax.keep_alive(ctx, _store.Operation(slot, type_id, bool(mesh)))\n",
         "lifetime",
     ),
     Mutant(

@@ -51,6 +51,7 @@ _dispatch_module = _private("dispatch")  # the tokens between programs over seve
 _dtypes = _private("dtypes")  # short names
 _effects = _private("effects")  # the registries of effects
 _pjit = _private("pjit")  # when a call may take the C++ path
+_shard_map = _private("shard_map")  # shard_map_p
 _source_info = _private("source_info_util")  # equations that we stage ourselves
 _util = _private("util")  # how abstract evaluation is remembered
 _ad = _private("interpreters.ad")
@@ -884,7 +885,8 @@ def _keep_token_in_module() -> None:
 def _keep_state_in_scan() -> None:
     """JAX moves what is constant out of scans under grad and remat, effects and all (jax#16637).
 
-    What it finds to be constant and what not would also lose effects whose results nothing uses.
+    Where it looks for that in remat, it also loses effects whose results nothing uses. So a scan with
+    state in it stays as it is.
     """
     known_hoisting = _loops._scan_known_hoisting
 
@@ -897,55 +899,82 @@ def _keep_state_in_scan() -> None:
 
     _loops._scan_known_hoisting = no_hoisting_of_state
 
-    # Remat's partial evaluation of a scan finds what is constant by another partial evaluation.
+    # Remat's partial evaluation of a scan finds what is constant by another partial evaluation. What that
+    # calls in turn has its own scans, of which the same is true.
     scan_rule = _pe.partial_eval_jaxpr_custom_rules[lax.scan_p]
-    divide = _pe.partial_eval_jaxpr_nounits
+    partial_eval = _pe.partial_eval_jaxpr_nounits
 
     def scan_rule_with_state(*args, **kwargs):
         with _entering(hoisting=True):
             return scan_rule(*args, **kwargs)
 
-    def divide_without_hoisting(jaxpr, unknown, instantiate):
+    def without_hoisting_state(jaxpr, unknowns, instantiate):
         if not (_here.hoisting and has_state(jaxpr)):
-            return divide(jaxpr, unknown, instantiate)
-        # Before the loop, the constants are handed on; the loop is all of it.
+            return partial_eval(jaxpr, unknowns, instantiate)
+        # What comes before the loop is the identity on the constants. The loop keeps every equation, and
+        # every result depends on it.
         body = open_jaxpr(jaxpr)
-        consts = [v for v, later in zip(body.invars, unknown, strict=True) if not later]
+        consts = [v for v, unknown in zip(body.invars, unknowns, strict=True) if not unknown]
         names = body.debug_info.with_unknown_names()
         before = body.replace(
             constvars=[], invars=consts, outvars=consts, eqns=[], effects=set(), debug_info=names
         )
-        loop = _pe.move_binders_to_front(jaxpr, [not later for later in unknown])
-        everything = [True] * len(body.outvars)
-        return _pe.close_jaxpr(before), loop, everything, [v.aval for v in consts]
+        loop = _pe.move_binders_to_front(jaxpr, [not unknown for unknown in unknowns])
+        depends = [True] * len(body.outvars)
+        return _pe.close_jaxpr(before), loop, depends, [v.aval for v in consts]
 
     _pe.partial_eval_jaxpr_custom_rules[lax.scan_p] = scan_rule_with_state
-    _pe.partial_eval_jaxpr_nounits = divide_without_hoisting
+    _pe.partial_eval_jaxpr_nounits = without_hoisting_state
 
 
 def _keep_unused_state() -> None:
-    """JAX 0.10 and 0.11 leave out a remat with effects of which nothing is used, and that uses nothing.
+    """An equation with effects that JAX would replace, as nothing uses its results, stays, whole.
 
-    And a rule of custom_vjp with `optimize_remat=True` of which no residuals are used becomes the
-    function itself, whatever state is in either.
+    JAX 0.10 and 0.11 leave out a remat that needs no inputs either. A shard_map that needs none keeps its
+    effects, but tells JAX of no devices any more. A forward rule of a custom_vjp with
+    `optimize_remat=True` is replaced by the function, if nothing uses what it saves.
     """
 
     def keeping_state(rule):
-        def rule_with_state(
-            used_outputs, *args
-        ):  # the equation; before it, since 0.12, which refs live
-            used_inputs, kept = rule(used_outputs, *args)
-            eqn = args[-1]
-            if kept is not None and kept.primitive is eqn.primitive:
-                return used_inputs, kept
-            if has_state(eqn) or (kept is not None and has_state(kept)):
+        # Since 0.12, what refs are live comes before the equation.
+        def rule_with_state(used_outputs, *live_and_eqn):
+            eqn = live_and_eqn[-1]
+            used_inputs, new = rule(used_outputs, *live_and_eqn)
+            if new is not None and new.primitive is eqn.primitive and (new.invars or new.outvars):
+                return used_inputs, new
+            if has_state(eqn) or (new is not None and has_state(new)):
                 return [True] * len(eqn.invars), eqn
-            return used_inputs, kept
+            return used_inputs, new
 
         return rule_with_state
 
-    for primitive in (_ad_checkpoint.remat_p, _custom.remat_opt_p):
+    for primitive in (_ad_checkpoint.remat_p, _custom.remat_opt_p, _shard_map.shard_map_p):
         _pe.dce_rules[primitive] = keeping_state(_pe.dce_rules[primitive])
+
+
+def _refuse_state_in_backward_pass() -> None:
+    """Remat leaves to the backward pass what is differentiated and has no rule that takes it apart.
+
+    That pass runs it late, or not at all if nothing is differentiated by its results.
+    """
+    partial_eval = _pe.partial_eval_jaxpr_custom
+
+    def with_all_state_known(*args, **kwargs):
+        known, staged, *rest = partial_eval(*args, **kwargs)
+        for eqn in open_jaxpr(staged).eqns if has_state(staged) else ():
+            if has_state(eqn):
+                name = eqn.primitive.name
+                if eqn.primitive is _custom.remat_opt_p:
+                    name = "custom_vjp` with `optimize_remat=True"
+                raise NotImplementedError(
+                    f"storax: state inside a `{name}` that is differentiated inside of a "
+                    "`jax.checkpoint`: JAX would run it in the backward pass, or not at all. Get and set "
+                    "the state outside of that function, and pass it in as an argument; or leave out the "
+                    "checkpoint."
+                )
+        return known, staged, *rest
+
+    _pe.partial_eval_jaxpr_custom = with_all_state_known
 
 
 def _keep_state_in_while() -> None:
@@ -1026,28 +1055,39 @@ def on_runtime_error(told: Callable[[str], None]) -> None:
     JaxRuntimeError.__init__ = init
 
 
-def run_alone_on_mesh(before: Callable[[], None], finish: Callable[[Any], None]) -> None:
-    """Calls `before()` and `finish(token)` around programs over a mesh that must run alone."""
+def around_mesh_programs(
+    before: Callable[[list[Any]], None], after: Callable[[list[Any], Any], None]
+) -> None:
+    """Calls `before(kept)` and `after(kept, token)` when a program over a mesh is dispatched.
+
+    `kept` is what the program keeps alive, see `keep_alive`; the token is there when the program ends.
+    """
     executable = _pxla.ExecuteReplicated
     add_tokens, handle_tokens = executable._add_tokens_to_inputs, executable._handle_token_bufs
 
-    def is_alone(self):
-        return MESH_STATE in self.ordered_effects and any(
-            k.must_be_alone() for k in self.keepalive or () if hasattr(k, "must_be_alone")
-        )
-
-    def wait_and_add_tokens(self, inputs):
-        if is_alone(self):
-            before()
+    def before_and_add_tokens(self, inputs):
+        if MESH_STATE in self.ordered_effects:
+            before(self.keepalive or [])
         return add_tokens(self, inputs)
 
-    def handle_tokens_and_finish(self, *tokens):
+    def handle_tokens_and_after(self, *tokens):
         handle_tokens(self, *tokens)
-        if is_alone(self):
-            finish(_dispatch_module.runtime_tokens.current_tokens[MESH_STATE])
+        if MESH_STATE in self.ordered_effects:
+            after(self.keepalive or [], _dispatch_module.runtime_tokens.current_tokens[MESH_STATE])
 
-    executable._add_tokens_to_inputs = wait_and_add_tokens
-    executable._handle_token_bufs = handle_tokens_and_finish
+    executable._add_tokens_to_inputs = before_and_add_tokens
+    executable._handle_token_bufs = handle_tokens_and_after
+
+    # Programs compiled ahead of time take a C++ path that leaves out their tokens.
+    mesh_executable = _pxla.MeshExecutable
+    create = mesh_executable.create_cpp_call
+
+    def create_without_tokens(self, *args, **kwargs):
+        if MESH_STATE in getattr(self.unsafe_call, "ordered_effects", ()):
+            return None
+        return create(self, *args, **kwargs)
+
+    mesh_executable.create_cpp_call = create_without_tokens
 
 
 _dispatch = threading.local()
@@ -1075,7 +1115,10 @@ def _delay_fast_path() -> None:
 
 
 def forget_fast_paths() -> None:
-    """Has every jitted function ask again, at its next call, whether it may take JAX's C++ path."""
+    """Has every jitted function ask again, at its next call, whether it may take JAX's C++ path.
+
+    Those compiled ahead of time don't ask.
+    """
     _pjit._jax.PjitFunctionCache.clear_all()
 
 
@@ -1164,6 +1207,7 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("jit", _keep_token_in_module),
     ("grad", _keep_state_in_scan),
     ("grad", _keep_unused_state),
+    ("grad", _refuse_state_in_backward_pass),
     ("grad", _keep_state_in_while),
     ("vmap", _mark_rules_of_parted_lanes),
     ("jit", _refuse_hidden_state),

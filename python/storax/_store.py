@@ -62,12 +62,8 @@ class Operation:
 
     def cannot_fail(self) -> bool:
         """Whether the state is there, and of the right type, as it then is for ever."""
-        becomes_mapped = not self.over_mesh and self.slot.id in mesh_slots
-        return not becomes_mapped and self.slot.accepts(self.type_id)
-
-    def must_be_alone(self) -> bool:
-        """Whether it is run over a mesh, on a state that programs on one device use too."""
-        return self.over_mesh and self.slot.id in _device_slots
+        may_be_mapped = not self.over_mesh and self.slot.id in mesh_slots
+        return not may_be_mapped and self.slot.accepts(self.type_id)
 
 
 @functools.cache
@@ -87,7 +83,7 @@ def register_handlers() -> None:
     jax.ffi.register_ffi_target(_jax.COPY, handlers["copy"], platform="cpu")
     # A failure that JAX itself has raised need not be raised again.
     _jax.on_runtime_error(_told)
-    _jax.run_alone_on_mesh(_wait_for_devices, _finish)
+    _jax.around_mesh_programs(_before_mesh, _after_mesh)
     atexit.register(_report_at_exit)
 
 
@@ -131,19 +127,43 @@ def raise_failures() -> None:
 # neither after the other: where a slot is in both, the former run alone.
 mesh_slots: builtins.set[int] = builtins.set()
 _device_slots: builtins.set[int] = builtins.set()
+# The token of the program over a mesh that each thread has dispatched last.
+_last_tokens: dict[int, Any] = {}
 
 
 def note_program(slots: Sequence[Any], over_mesh: bool) -> None:
-    """Notes that a program names these slots, when it is lowered."""
+    """Notes that a program names these slots, when it is lowered.
+
+    Where some are of both kinds from now on, nothing that was dispatched before, by whatever thread, is
+    left to run; and calls of the programs on one device, which may fail now, take the Python path.
+    """
     ids = {slot.id for slot in slots}
     if over_mesh:
-        if not _device_slots.isdisjoint(ids - mesh_slots):
-            _jax.forget_fast_paths()  # these programs may fail from now on
+        newly_both = not _device_slots.isdisjoint(ids - mesh_slots)
         mesh_slots.update(ids)
+        if newly_both:
+            _jax.forget_fast_paths()
         return
+    newly_both = not mesh_slots.isdisjoint(ids - _device_slots)
     _device_slots.update(ids)
-    if not mesh_slots.isdisjoint(ids):
-        _wait_for_meshes()
+    if newly_both:
+        for token in list(_last_tokens.values()):
+            _finish(token)
+
+
+def _runs_alone(kept: Sequence[Any]) -> bool:
+    return any(isinstance(k, Operation) and k.slot.id in _device_slots for k in kept)
+
+
+def _before_mesh(kept: Sequence[Any]) -> None:
+    if _runs_alone(kept):
+        _wait_for_devices()
+
+
+def _after_mesh(kept: Sequence[Any], token: Any) -> None:
+    _last_tokens[threading.get_ident()] = token
+    if _runs_alone(kept):  # asked again: another thread may have lowered a program meanwhile
+        _finish(token)
 
 
 def settle(slot: Any, waited: builtins.set[int] | None = None) -> None:
@@ -185,7 +205,7 @@ def _wait_for_devices() -> None:
 
 
 def _finish(token: Any) -> None:
-    """Waits for a program over a mesh. What fails in it is for those to raise who would have otherwise."""
+    """Waits for a program over a mesh. What fails in it is raised later, as of any asynchronous program."""
     _catching.now = True
     try:
         token.block_until_ready()

@@ -348,6 +348,28 @@ class TestOverAMeshAndOnOneDevice:
         with pytest.raises(RuntimeError, match="mapped over mesh axes"):
             jax.block_until_ready(read())
 
+    def test_a_program_that_another_thread_compiled(self, jit, mapped):
+        """Its own wait is for what it has dispatched itself."""
+        index = self.index()
+        write = mapped(lambda x: storax.set_state(index, 7 + 0 * busy(x, 4_000_000)))
+        read = jit(lambda: get(index))
+        write(self.xs)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(read).result()
+        assert read() == 7
+
+
+@pytest.mark.parametrize("mapped", [by_shard_map, by_pmap])
+def test_compiled_ahead_of_time_over_a_mesh(mapped):
+    """JAX's C++ path for such programs leaves out the token."""
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(0))
+    xs = jax.device_put(jnp.arange(4.0), NamedSharding(MESH, P("i")))
+    add = mapped(lambda x: storax.set_state(index, get(index) + 1)).lower(xs).compile()
+    for _ in range(4):
+        add(xs)
+    assert get(index) == 4
+
 
 def test_programs_over_a_mesh_alone_wait_for_nothing():
     index = storax.StateIndex()

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import storax
 
@@ -241,3 +243,52 @@ def test_optimize_remat(way, where):
         assert (in_function.read(), in_rule.read()) == (0, k * (where != "function"))
     g(jnp.float32(1))
     assert in_function.read() == (where != "fwd")
+
+
+@pytest.mark.parametrize("has_result", [True, False])
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+@pytest.mark.parametrize("around", ["nothing", "scan", "cond", "grad"])
+def test_shard_map(around, jit, has_result):
+    """What needs no inputs and has no results would be a program on one device to JAX."""
+    counting = Counting()
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+    body = counting.counted if has_result else lambda x: counting.count()
+    mapped = jax.shard_map(
+        body, mesh=mesh, in_specs=P("i"), out_specs=P("i") if has_result else None
+    )
+
+    def f(x):
+        mapped(jnp.ones(4))
+        return jnp.sin(x)
+
+    programs = {
+        "nothing": f,
+        "scan": lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=1)[0],
+        "cond": lambda x: lax.cond(x > 0, f, lambda x: x, x),
+        "grad": jax.grad(jax.checkpoint(f)),
+    }
+    for k in range(1, 3):
+        jit(programs[around])(jnp.float32(1))
+        assert counting.read() == k
+
+
+def test_what_would_be_left_to_the_backward_pass_is_refused():
+    counting = Counting()
+
+    @jax.custom_batching.custom_vmap
+    def by_hand(x):
+        return counting.counted(jnp.sin(x))
+
+    by_hand.def_vmap(lambda size, batched, x: (jnp.sin(x), batched[0]))
+    rule = jax.custom_vjp(jnp.sin)
+    forward = lambda x: (counting.counted(jnp.sin(x)), x)
+    rule.defvjp(forward, lambda x, ct: (ct * jnp.cos(x),), optimize_remat=True)
+    unused = lambda f: lambda x: (f(x), x * 2)[1]
+    for f, what in (
+        (unused(by_hand), "`custom_vmap_call`"),
+        (jax.grad(rule), "`custom_vjp` with `optimize_remat=True`"),
+        (unused(jax.grad(rule)), "`custom_vjp` with `optimize_remat=True`"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"state inside a {what} that is diff"):
+            jax.grad(jax.checkpoint(f))(jnp.float32(1))
+    assert counting.read() == 0

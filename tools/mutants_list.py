@@ -63,7 +63,7 @@ MUTANTS = [
         "    pass",
         "order",
     ),
-    _never("waits after a mesh", "_store.py", "if _runs_alone(kept):  #", "order"),
+    _never("waits after a mesh", "_store.py", "if _runs_alone(kept):", "order", "  # asked"),
     Mutant(
         "fast paths are kept",
         "_store.py",

@@ -203,7 +203,7 @@ def test_what_is_in_flight_is_waited_for(first, device, held, read):
     device = jax.devices()[device]
     m = jax.device_put(IN_FLIGHT, device)
     in_flight = 0
-    for k in range(2):
+    for k in range(3):
         index = storax.StateIndex()
         if not first:
             storax.set_state(index, jax.device_put(jnp.float32(-1), device))
@@ -237,9 +237,13 @@ def test_frozen_state_is_looked_up_after_what_is_in_flight():
         assert eqx.filter_jit(get)(frozen) == k
 
 
+MESH = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+# On their devices already: to bring them there would wait for the first.
+XS = jax.device_put(jnp.arange(4.0), NamedSharding(MESH, P("i")))
+
+
 def test_a_set_over_a_mesh_in_flight_is_waited_for():
-    mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
-    ms = jax.device_put(jnp.stack([IN_FLIGHT] * 4), NamedSharding(mesh, P("i")))
+    ms = jax.device_put(jnp.stack([IN_FLIGHT] * 4), NamedSharding(MESH, P("i")))
     for read in (get, look_up):
         index = storax.StateIndex()
         storax.set_state(index, jnp.float32(5))
@@ -248,7 +252,7 @@ def test_a_set_over_a_mesh_in_flight_is_waited_for():
             storax.set_state(index, 1 + heavy(ms[0])[0, 0] * 0)
             return ms
 
-        jax.jit(jax.shard_map(set_late, mesh=mesh, in_specs=P("i"), out_specs=P("i")))(ms)
+        jax.jit(jax.shard_map(set_late, mesh=MESH, in_specs=P("i"), out_specs=P("i")))(ms)
         assert read(index) == 1
 
 
@@ -260,25 +264,9 @@ def copied(index):
     return with_axis_in_front(copy.deepcopy(index))
 
 
-@pytest.mark.parametrize("read", [with_axis_in_front, copied])
-def test_a_first_set_over_a_mesh_in_flight_is_waited_for(read):
-    """What the state is, one or one per device, is not known before."""
-    xs = jnp.arange(4.0)
-    for k in range(2):
-        index = storax.StateIndex()
-        storax.set_state(index, jnp.float32(0))
-        on_mesh(
-            lambda x, index=index, k=k: storax.set_state(index, x + k + 0 * busy(x, 2_000_000))
-        )(xs)
-        np.testing.assert_array_equal(read(index), xs + k)
-
-
 def busy(x, steps=100_000):
     """Some milliseconds, asynchronously over a mesh."""
     return lax.fori_loop(0, steps, lambda _, a: jnp.cos(a), x)
-
-
-MESH = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
 
 
 def by_shard_map(f):
@@ -293,16 +281,23 @@ def by_pmap(f):
     return jax.pmap(lambda x: (f(x), x)[1], axis_name="i")
 
 
-on_mesh = by_shard_map
+@pytest.mark.parametrize("read", [with_axis_in_front, copied])
+def test_a_first_set_over_a_mesh_in_flight_is_waited_for(read):
+    """What the state is, one or one per device, is not known before."""
+    xs = jnp.arange(4.0)
+    for k in range(2):
+        index = storax.StateIndex()
+        storax.set_state(index, jnp.float32(0))
+        by_shard_map(
+            lambda x, index=index, k=k: storax.set_state(index, x + k + 0 * busy(x, 2_000_000))
+        )(xs)
+        np.testing.assert_array_equal(read(index), xs + k)
 
 
 @pytest.mark.parametrize("jit", [jax.jit, storax.jit])
 @pytest.mark.parametrize("mapped", [by_shard_map, by_pmap])
 class TestOverAMeshAndOnOneDevice:
     """XLA orders neither kind of program after the other."""
-
-    # On their devices already: to bring them there would wait for the first.
-    xs = jax.device_put(jnp.arange(4.0), NamedSharding(MESH, P("i")))
 
     def index(self):
         index = storax.StateIndex()
@@ -315,9 +310,9 @@ class TestOverAMeshAndOnOneDevice:
         reads = mapped(lambda x: storax.set_state(seen, get(index) + 0 * busy(x)))
         write = jit(lambda x: storax.set_state(index, x))
         write(jnp.float32(0))
-        reads(self.xs)
+        reads(XS)
         for k in range(10):
-            reads(self.xs)
+            reads(XS)
             write(jnp.float32(k + 1))
             np.testing.assert_array_equal(with_axis_in_front(seen), [k] * 4)
 
@@ -327,24 +322,24 @@ class TestOverAMeshAndOnOneDevice:
         write = jit(lambda m, x: storax.set_state(index, x + heavy(m)[0, 0] * 0))
         for k in range(10):
             write(IN_FLIGHT, jnp.float32(k))
-            reads(self.xs)
+            reads(XS)
             np.testing.assert_array_equal(with_axis_in_front(seen), [k] * 4)
 
     def test_a_program_compiled_while_the_mesh_is_busy(self, jit, mapped):
         index = self.index()
-        mapped(lambda x: storax.set_state(index, 7 + 0 * busy(x, 4_000_000)))(self.xs)
+        mapped(lambda x: storax.set_state(index, 7 + 0 * busy(x, 4_000_000)))(XS)
         assert jit(lambda: get(index))() == 7
 
     @pytest.mark.parametrize("by_all", [True, False])
     def test_what_was_one_state_is_one_per_device(self, jit, mapped, by_all):
         index = self.index()
         read = jit(lambda: get(index))
-        read_by_all = mapped(lambda x: 0 * get(index) * x)
+        read_by_all = mapped(lambda x: get(index))
         for _ in range(6):
             read()
             if by_all:
-                read_by_all(self.xs)
-        mapped(lambda x: storax.set_state(index, x + 0 * busy(x)))(self.xs)
+                read_by_all(XS)
+        mapped(lambda x: storax.set_state(index, x + 0 * busy(x)))(XS)
         with pytest.raises(RuntimeError, match="mapped over mesh axes"):
             jax.block_until_ready(read())
 
@@ -353,7 +348,7 @@ class TestOverAMeshAndOnOneDevice:
         index = self.index()
         write = mapped(lambda x: storax.set_state(index, 7 + 0 * busy(x, 4_000_000)))
         read = jit(lambda: get(index))
-        write(self.xs)
+        write(XS)
         with ThreadPoolExecutor(1) as pool:
             pool.submit(read).result()
         assert read() == 7
@@ -364,10 +359,9 @@ def test_compiled_ahead_of_time_over_a_mesh(mapped):
     """JAX's C++ path for such programs leaves out the token."""
     index = storax.StateIndex()
     storax.set_state(index, jnp.float32(0))
-    xs = jax.device_put(jnp.arange(4.0), NamedSharding(MESH, P("i")))
-    add = mapped(lambda x: storax.set_state(index, get(index) + 1)).lower(xs).compile()
+    add = mapped(lambda x: storax.set_state(index, get(index) + 1)).lower(XS).compile()
     for _ in range(4):
-        add(xs)
+        add(XS)
     assert get(index) == 4
 
 

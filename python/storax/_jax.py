@@ -46,7 +46,9 @@ _ad_checkpoint = _private("ad_checkpoint")  # remat_p
 _config = _private("config")  # whether shard_map checks varying axes; what traces depend on
 _api_util = _private("api_util")  # static arguments
 _core = _private("core")  # abstract values, the current trace
-_custom = _private("custom_derivatives")  # the rules inside of custom_jvp and custom_vjp equations
+_custom = _private(
+    "custom_derivatives"
+)  # the rules inside of custom_jvp and custom_vjp; remat_opt_p
 _dispatch_module = _private("dispatch")  # the tokens between programs over several devices
 _dtypes = _private("dtypes")  # short names
 _effects = _private("effects")  # the registries of effects
@@ -961,17 +963,17 @@ def _refuse_state_in_backward_pass() -> None:
 
     def with_all_state_known(*args, **kwargs):
         known, staged, *rest = partial_eval(*args, **kwargs)
-        for eqn in open_jaxpr(staged).eqns if has_state(staged) else ():
-            if has_state(eqn):
-                name = eqn.primitive.name
-                if eqn.primitive is _custom.remat_opt_p:
-                    name = "custom_vjp` with `optimize_remat=True"
-                raise NotImplementedError(
-                    f"storax: state inside a `{name}` that is differentiated inside of a "
-                    "`jax.checkpoint`: JAX would run it in the backward pass, or not at all. Get and set "
-                    "the state outside of that function, and pass it in as an argument; or leave out the "
-                    "checkpoint."
-                )
+        if has_state(staged):
+            primitive = next(e.primitive for e in open_jaxpr(staged).eqns if has_state(e))
+            name = primitive.name
+            if primitive is _custom.remat_opt_p:
+                name = "custom_vjp` with `optimize_remat=True"
+            raise NotImplementedError(
+                f"storax: state inside a `{name}` that is differentiated inside of a "
+                "`jax.checkpoint`: JAX would run it in the backward pass, or not at all. Get and set "
+                "the state outside of that function, and pass it in as an argument; or leave out the "
+                "checkpoint."
+            )
         return known, staged, *rest
 
     _pe.partial_eval_jaxpr_custom = with_all_state_known
@@ -1078,17 +1080,6 @@ def around_mesh_programs(
     executable._add_tokens_to_inputs = before_and_add_tokens
     executable._handle_token_bufs = handle_tokens_and_after
 
-    # Programs compiled ahead of time take a C++ path that leaves out their tokens.
-    mesh_executable = _pxla.MeshExecutable
-    create = mesh_executable.create_cpp_call
-
-    def create_without_tokens(self, *args, **kwargs):
-        if MESH_STATE in getattr(self.unsafe_call, "ordered_effects", ()):
-            return None
-        return create(self, *args, **kwargs)
-
-    mesh_executable.create_cpp_call = create_without_tokens
-
 
 _dispatch = threading.local()
 
@@ -1112,6 +1103,19 @@ def _delay_fast_path() -> None:
 
     _pjit._get_fastpath_data = fast_path_data_if_safe
     _pjit._need_to_rebuild_with_fdo = rebuild_if_unsafe
+
+
+def _keep_token_ahead_of_time() -> None:
+    """Programs over a mesh compiled ahead of time take a C++ path that leaves out their tokens."""
+    executable = _pxla.MeshExecutable
+    create = executable.create_cpp_call
+
+    def create_without_tokens(self, *args, **kwargs):
+        if MESH_STATE in getattr(self.unsafe_call, "ordered_effects", ()):
+            return None
+        return create(self, *args, **kwargs)
+
+    executable.create_cpp_call = create_without_tokens
 
 
 def forget_fast_paths() -> None:
@@ -1212,6 +1216,7 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("vmap", _mark_rules_of_parted_lanes),
     ("jit", _refuse_hidden_state),
     ("jit", _delay_fast_path),
+    ("jit", _keep_token_ahead_of_time),
     ("jit", _compile_with_care),
 )
 

@@ -2,12 +2,13 @@
 
 import atexit
 import builtins
+import contextlib
 import dataclasses
 import functools
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +89,16 @@ def register_handlers() -> None:
 
 
 _catching = threading.local()
+
+
+@contextlib.contextmanager
+def _untold() -> Iterator[None]:
+    """What JAX raises in here is told to nobody yet."""
+    _catching.now = True
+    try:
+        yield
+    finally:
+        _catching.now = False
 
 
 def _told(message: str) -> None:
@@ -206,28 +217,21 @@ def _wait_for_devices() -> None:
 
 def _finish(token: Any) -> None:
     """Waits for a program over a mesh. What fails in it is raised later, as of any asynchronous program."""
-    _catching.now = True
-    try:
+    with _untold(), contextlib.suppress(RuntimeError, ExceptionGroup):
         token.block_until_ready()
-    except (RuntimeError, ExceptionGroup):
-        pass
-    finally:
-        _catching.now = False
 
 
 def _wait_for_meshes() -> None:
     """What fails of ours is in the record. What fails of others is raised: nobody else may wait for it."""
-    _catching.now = True
     try:
-        jax.effects_barrier()
+        with _untold():
+            jax.effects_barrier()
     except (RuntimeError, ExceptionGroup) as e:
         _jax.forget_failed_tokens()
         failed = e.exceptions if isinstance(e, ExceptionGroup) else (e,)
         others = [x for x in failed if not _is_ours(str(x))]
         if others:
             raise others[0] from None
-    finally:
-        _catching.now = False
 
 
 def barrier() -> None:

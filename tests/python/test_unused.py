@@ -34,6 +34,10 @@ def custom_vjp(f):
 HELPERS = ("read", "count", "counted", "if_")
 
 
+def scanned(f):
+    return lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=1)[0]
+
+
 class Counting:
     """Ways to count once. What decides is the loop's counter `k`, a constant `c` or the value `v`."""
 
@@ -215,7 +219,7 @@ REMAT_WAYS = {
     "of jit": lambda g: jax.grad(jax.jit(g)),
     "storax.jit": lambda g: storax.jit(jax.grad(g)),
     "checkpoint": lambda g: jax.grad(jax.checkpoint(g)),
-    "scan": lambda g: jax.grad(lambda x: lax.scan(lambda c, _: (g(c), None), x, None, length=1)[0]),
+    "scan": lambda g: jax.grad(scanned(g)),
     "vmap": lambda g: lambda x: jax.jit(jax.vmap(jax.grad(g)))(jnp.stack([x, x])),
 }
 
@@ -263,7 +267,7 @@ def test_shard_map(around, jit, has_result):
 
     programs = {
         "nothing": f,
-        "scan": lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=1)[0],
+        "scan": scanned(f),
         "cond": lambda x: lax.cond(x > 0, f, lambda x: x, x),
         "grad": jax.grad(jax.checkpoint(f)),
     }

@@ -134,7 +134,7 @@ class Soak:
 
     def run(self, first: int, last: int) -> int:
         """Runs programs in another process, up to one that it does not survive; the next to run."""
-        flags = os.environ.get("XLA_FLAGS", "")
+        flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
         if first // BATCH % 10 != 9:
             flags += " " + QUICK
         process = subprocess.Popen(

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from . import _jax, _unknown_jax
-from ._guard import guard
+from ._guard import FILLED, fill, fill_operands
 from ._masked_custom import mask_custom_jvp, mask_custom_vjp
 from ._primitives import get_p, set_masked_p
 
@@ -77,7 +77,9 @@ def _masked(jaxpr, consts, mask, args):
 def _masked_equation(eqn, ins, mask):
     # What is pure may still have rules with state in them.
     has_state = _jax.has_state(eqn)
-    if not (has_state or _jax.has_rules(eqn)) or eqn.primitive is get_p:
+    if eqn.primitive is get_p or eqn.primitive.name == "axis_index":
+        return fill(mask, _jax.bind_equation(eqn, ins))
+    if not (has_state or _jax.has_primitive(eqn, *_jax.RULES)):
         return _jax.bind_equation(eqn, ins)
     rule = _masked_rules.get(eqn.primitive.name)
     if rule is None and not has_state:
@@ -170,12 +172,16 @@ def _lane_avals(axis_data, args, dims):
     ]
 
 
+def _has_primitive(jaxpr, *names):
+    return any(_jax.has_primitive(e, *names) for e in _jax.open_jaxpr(jaxpr).eqns)
+
+
 def _any_lane(mask):
     return lax.reduce_or(mask, (0,))
 
 
 def _select(lanes, axis, x, y):
-    return lax.select(lax.broadcast_in_dim(lanes, x.shape, [axis]), x, y)
+    return lax.select(_jax.broadcast_like(lanes, [axis], x), x, y)
 
 
 def _zeros(aval):
@@ -185,7 +191,7 @@ def _zeros(aval):
         zeros = lax.broadcast(jax.random.key(0, impl=_jax.key_impl(aval.dtype)), aval.shape)
     else:
         zeros = lax.full(aval.shape, 0, aval.dtype)
-    return _jax.make_varying(zeros, _jax.varying_axes(aval))
+    return _jax.make_varying(_jax.as_sharded(zeros, aval), _jax.varying_axes(aval))
 
 
 def _common_out_axes(axis_data, jaxprs, in_dims):
@@ -215,8 +221,7 @@ def _batch_masked_cond(axis_data, args, dims, *, params):
     outs = []
     for branch, takes_it in zip(branches, takes, strict=True):
         lanes = takes_it if active is None else takes_it & active
-        here = guard(branch, operands, operand_dims, lanes)
-        outs.append(_run_branch(axis_data, branch, lanes, here, operand_dims, other))
+        outs.append(_run_branch(axis_data, branch, lanes, operands, operand_dims, other))
     results = list(outs[0])
     for k in range(1, len(branches)):
         results = [_select(takes[k], 0, x, r) for x, r in zip(outs[k], results, strict=True)]
@@ -225,12 +230,20 @@ def _batch_masked_cond(axis_data, args, dims, *, params):
 
 def _run_branch(axis_data, branch, lanes, operands, operand_dims, other):
     out_dims = [0] * len(branch.out_avals)
-    if not _jax.has_state(branch):
-        pure = _jax.batched_jaxpr(branch, _jax.as_parted(axis_data), operand_dims, out_dims)
-        return _jax.call_jaxpr(pure, *operands)
     ins, in_dims = [lanes, *operands], [0, *operand_dims]
-    closed = _close(lambda m, *a: masked(branch, m, a), _lane_avals(axis_data, ins, in_dims))
+    # The jaxprs of a cond's branches have each other's effects.
+    pure = not any(map(_jax.has_state, _jax.open_jaxpr(branch).eqns))
+    only_if_taken = not pure or _has_primitive(branch, "while", *_jax.RULES)
+
+    def one_lane(mask, *args):
+        out = masked(branch, mask, fill_operands(branch, mask, args))
+        # By which an outer vmap knows it for ours.
+        return fill(mask, out) if pure and only_if_taken else out
+
+    closed = _close(one_lane, _lane_avals(axis_data, ins, in_dims))
     run = _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
+    if not only_if_taken:
+        return _jax.call_jaxpr(run, *ins)
     skip = _close(lambda *_: [_zeros(a) for a in run.out_avals], [jax.typeof(x) for x in ins])
     taken = lax.convert_element_type(_any_lane(lanes), np.int32)
     return lax.cond_p.bind(taken, *ins, branches=(skip, run), **other)
@@ -271,22 +284,29 @@ def _batch_masked_while(axis_data, args, dims, *, params):
         f = args[n_cond + n_body : n_cond + n_body + n_fixed]
         return c, b, f, args[n_cond + n_body + n_fixed :]
 
+    # What a lane that has ended computes is selected away, derivatives and all; but a loop in it might
+    # not end.
+    has_loop = _has_primitive(cond, "while") or _has_primitive(body, "while")
+
+    def run(jaxpr, mask, args):
+        return masked(jaxpr, mask, fill_operands(jaxpr, mask, args) if has_loop else args)
+
     def start(mask, *args):
         c, _, f, carry = split(args)
-        return [mask & masked(cond, mask, [*c, *merge(f, carry)])[0]]
+        return [mask & run(cond, mask, [*c, *merge(f, carry)])[0]]
 
     def step(running, *args):
         c, b, f, carry = split(args)
-        new = masked(body, running, [*b, *merge(f, carry)])
+        new = run(body, running, [*b, *merge(f, carry)])
         new = [x for x, is_fixed in zip(new, fixed, strict=True) if not is_fixed]
         new = [
             lax.select(jnp.broadcast_to(running, x.shape), x, y)
             for x, y in zip(new, carry, strict=True)
         ]
-        return [running & masked(cond, running, [*c, *merge(f, new)])[0], *new]
+        return [running & run(cond, running, [*c, *merge(f, new)])[0], *new]
 
     if mask is None:
-        mask, mask_dim = lax.full((axis_data.size,), True), 0
+        mask, mask_dim = _jax.move_to_front(axis_data, jnp.array(True), None), 0
     ins = [mask, *consts, *moving]
     in_dims = [mask_dim, *const_dims, *[0] * len(moving)]
     closed = _close(start, _lane_avals(axis_data, ins, in_dims))
@@ -349,6 +369,22 @@ def _while_in_step(axis_data, args, dims, params, carry_dims):
     return out, carry_dims
 
 
+def _while_with_predicate(params, operands):
+    """The same loop, of which the predicate is a carry: checkify would run a condition twice."""
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    cond_consts, body_consts, init = _jax.split_while(params, operands)
+
+    def with_predicate(carry):
+        return [*_jax.call_jaxpr(cond, *cond_consts, *carry), *carry]
+
+    _, *out = lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: with_predicate(_jax.call_jaxpr(body, *body_consts, *carry[1:])),
+        with_predicate(init),
+    )
+    return out
+
+
 # --- Installation ---------------------------------------------------------------------------------
 
 
@@ -363,14 +399,17 @@ def _wrap_scan(original):
 
 def _wrap_cond(original):
     def rule(axis_data, args, dims, **params):
-        if not _jax.has_state(*params["branches"]):
-            if dims[0] is not None:
-                axis_data = _jax.as_parted(axis_data)
-            return original(axis_data, args, dims, **params)
+        branches = params["branches"]
+        if not _jax.has_state(*branches):
+            if dims[0] is None:
+                return original(axis_data, args, dims, **params)
+            if not any(_has_primitive(b, *FILLED) for b in branches):
+                return original(_jax.as_parted(axis_data), args, dims, **params)
         _unknown_jax.require("vmap of control flow")
         if dims[0] is None or "branches_platforms" in params:
             return original(_jax.as_moved(axis_data), args, dims, **params)
-        return _batch_masked_cond(axis_data, [None, *args], [None, *dims], params=params)
+        with _jax.mesh_of(axis_data, args):
+            return _batch_masked_cond(axis_data, [None, *args], [None, *dims], params=params)
 
     return rule
 
@@ -378,7 +417,7 @@ def _wrap_cond(original):
 def _parts_lanes_with_rules(axis_data, args, dims, params):
     """Whether the lanes of a pure loop end at different times, with custom rules in it."""
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
-    if not any(_jax.has_rules(e) for j in (cond, body) for e in _jax.open_jaxpr(j).eqns):
+    if not any(_has_primitive(j, *_jax.RULES) for j in (cond, body)):
         return False
     cond_dims, body_dims, init_dims = _jax.split_while(params, dims)
     carry_dims = _batched_carry(axis_data, body, body_dims, init_dims)
@@ -393,7 +432,8 @@ def _wrap_while(original):
                 axis_data = _jax.as_parted(axis_data)
             return original(axis_data, args, dims, **params)
         _unknown_jax.require("vmap of control flow")
-        out = _batch_masked_while(axis_data, [None, *args], [None, *dims], params=params)
+        with _jax.mesh_of(axis_data, args):
+            out = _batch_masked_while(axis_data, [None, *args], [None, *dims], params=params)
         if out is None:
             return original(_jax.as_moved(axis_data), args, dims, **params)
         return out
@@ -407,5 +447,6 @@ def install() -> None:
     _jax.wrap_batching(lax.scan_p, _wrap_scan)
     _jax.wrap_batching(lax.cond_p, _wrap_cond)
     _jax.wrap_batching(lax.while_p, _wrap_while)
+    _jax.wrap_check_of_while(_while_with_predicate)
     _jax.define_batching(masked_cond_p, _batch_masked_cond)
     _jax.define_batching(masked_while_p, _batch_masked_while)

@@ -128,6 +128,8 @@ def _with_masked_body_and_gradient(original: Any) -> Any:
                 "Set the state in the loop's body."
             )
         differentiated, rest = eqx.partition(vjp_arg, perturbed)
+        # A Python number is no array to Equinox, which would hold it constant.
+        differentiated = jax.tree.map(jnp.asarray, differentiated)
 
         def run(differentiated):
             start, body_fun = eqx.combine(differentiated, rest)

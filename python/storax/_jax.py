@@ -271,6 +271,7 @@ class _Here(threading.local):
     in_parted_rule = False  # see `as_parted`
     hoisting = False  # remat looks for what may leave a scan
     effects: Any = frozenset()  # of the function that is being lowered
+    mesh: Any = None  # of the shard_map around the one that is being lowered
 
 
 _here = _Here()
@@ -378,10 +379,14 @@ def _holds_state(x: Any) -> bool:
     return False
 
 
-def has_rules(eqn: Any) -> bool:
-    """Whether an equation is, or contains, a function with a rule of its own for its derivative."""
-    return eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call") or any(
-        has_rules(inner) for jaxpr in inner_jaxprs(eqn) for inner in jaxpr.eqns
+# Functions with rules of their own for derivatives.
+RULES = ("custom_jvp_call", "custom_vjp_call")
+
+
+def has_primitive(eqn: Any, *names: str) -> bool:
+    """Whether an equation is, or contains, one of a primitive of these names."""
+    return eqn.primitive.name in names or any(
+        has_primitive(inner, *names) for jaxpr in inner_jaxprs(eqn) for inner in jaxpr.eqns
     )
 
 
@@ -528,6 +533,11 @@ def define_lowering(primitive: Any, rule: Callable[..., Any], platform: str | No
     _mlir.register_lowering(primitive, rule, platform=platform, cacheable=False)
 
 
+def lowering_of(f: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule that lowers as a traceable function of a single result."""
+    return _mlir.lower_fun(f, multiple_results=False)
+
+
 def lower_inline(
     ctx: Any, f: Callable[..., Any], avals_in: Sequence[Any], avals_out: Sequence[Any], *args: Any
 ) -> list[Any]:
@@ -618,10 +628,9 @@ def is_export(ctx: Any) -> bool:
 def mesh_ordinals(ctx: Any) -> tuple[int, ...]:
     """The devices' ordinals, in the order of the mesh that a module is mapped over; else nothing."""
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
-    devices = getattr(mesh, "devices", None)
-    if devices is None:
-        return ()
-    return tuple(d.local_hardware_id for d in devices.flat)
+    if not isinstance(mesh, jax.sharding.Mesh):
+        mesh = _here.mesh
+    return () if mesh is None else tuple(d.local_hardware_id for d in mesh.devices.flat)
 
 
 # --- Wrapped rules: batching of control flow ------------------------------------------------------
@@ -642,12 +651,50 @@ def batched_out_axes(jaxpr: Any, axis_data: Any, in_axes: Sequence[int | None]) 
 
 def move_to_front(axis_data: Any, x: Any, axis: int | None) -> Any:
     """`x` with its batch axis first; broadcast if it has none."""
-    return _batching.bdim_at_front(x, axis, axis_data.size, mesh_axis=axis_data.explicit_mesh_axis)
+    name = axis_data.explicit_mesh_axis
+    if axis is None and name is not None:
+        # JAX spreads nothing that comes from outside of the mesh.
+        spec = jax.sharding.PartitionSpec(name, *_core.typeof(x).sharding.spec)
+        sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), spec)
+        shape = axis_data.size, *np.shape(x)
+        return lax.broadcast_in_dim(x, shape, range(1, len(shape)), out_sharding=sharding)
+    return _batching.bdim_at_front(x, axis, axis_data.size, mesh_axis=name)
 
 
 def move_axis(axis_data: Any, x: Any, source: int | None, target: int | None) -> Any:
     """`x` with its batch axis moved from `source` to `target`; broadcast if it has none."""
     return _batching.matchaxis(axis_data, source, target, x)
+
+
+def take_lane(x: Any, lane: Any, axis: int) -> Any:
+    """What one lane has of an array that is batched along `axis`."""
+    sharding = _core.typeof(x).sharding
+    spec = list(sharding.spec)
+    if spec[axis] is None:
+        start = [np.uint32(0)] * x.ndim
+        start[axis] = lane
+        size = [1 if a == axis else n for a, n in enumerate(x.shape)]
+        return lax.squeeze(lax.dynamic_slice(x, start, size), [axis])
+    spec[axis] = None  # of an Explicit mesh, along whose axes nothing can be sliced
+    whole = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    index = (*[slice(None)] * axis, lane[None])
+    return lax.squeeze(x.at[index].get(out_sharding=whole), [axis])
+
+
+def broadcast_like(x: Any, axes: Sequence[int], like: Any) -> Any:
+    """`x`, of which the axes are these of `like`, repeated along the others."""
+    return lax.broadcast_in_dim(x, like.shape, axes, out_sharding=_core.typeof(like).sharding)
+
+
+@contextlib.contextmanager
+def mesh_of(axis_data: Any, args: Sequence[Any]) -> Iterator[None]:
+    """Under the Explicit mesh that lanes are spread over, if no `jax.set_mesh` has named it."""
+    if axis_data.explicit_mesh_axis is None or not jax.sharding.get_abstract_mesh().empty:
+        yield
+        return
+    meshes = [_core.typeof(x).sharding.mesh for x in args if x is not None]
+    with jax.sharding.use_abstract_mesh(next(m for m in meshes if not m.empty)):
+        yield
 
 
 @functools.cache
@@ -725,6 +772,22 @@ def wrap_reductions(make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
     """Replaces what traces the functions of reductions, `trace(...) -> (jaxpr, _)`, by `make(trace)`."""
     for name in ("_reduction_jaxpr", "_variadic_reduction_jaxpr"):
         setattr(_lax, name, make(getattr(_lax, name)))
+
+
+def wrap_check_of_while(make: Callable[[dict[str, Any], Sequence[Any]], list[Any]]) -> None:
+    """Has checkify look at `make(params, operands)` in the place of a loop with state in its condition."""
+    checkify = _private("checkify")
+    check = checkify.error_checks[lax.while_p]
+
+    def check_made(*args, **params):
+        if not has_state(params["cond_jaxpr"]):
+            return check(*args, **params)
+        operands = args[-params["cond_nconsts"] - len(params["body_jaxpr"].in_avals) :]
+        *context, error, enabled = args[: -len(operands)]  # a context since 0.11
+        jaxpr = jax.make_jaxpr(lambda *operands: make(params, operands))(*operands)
+        return checkify.checkify_jaxpr(*context, jaxpr, enabled, error, *operands)
+
+    checkify.error_checks[lax.while_p] = check_made
 
 
 def wrap_while_loop(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -930,19 +993,27 @@ def _keep_state_in_scan() -> None:
 
 
 def _keep_unused_state() -> None:
-    """An equation with effects that JAX would replace, as nothing uses its results, stays, whole.
+    """An equation with effects that JAX would replace, as nothing uses its results, stays.
 
-    JAX 0.10 and 0.11 leave out a remat that needs no inputs either. A shard_map that needs none keeps its
-    effects, but tells JAX of no devices any more. A forward rule of a custom_vjp with
-    `optimize_remat=True` is replaced by the function, if nothing uses what it saves.
+    JAX 0.10 and 0.11 leave out a remat that needs no inputs either. Two stay whole: a shard_map that needs
+    no inputs keeps its effects, but tells JAX of no devices any more. And a forward rule of a custom_vjp
+    with `optimize_remat=True` is replaced by the function, if nothing uses what it saves.
     """
+    remat = _ad_checkpoint.remat_p
 
     def keeping_state(rule):
         # Since 0.12, what refs are live comes before the equation.
         def rule_with_state(used_outputs, *live_and_eqn):
             eqn = live_and_eqn[-1]
             used_inputs, new = rule(used_outputs, *live_and_eqn)
-            if new is not None and new.primitive is eqn.primitive and (new.invars or new.outvars):
+            if new is None and eqn.primitive is remat and has_state(eqn):
+                left, used_inputs = _pe.dce_jaxpr(eqn.params["jaxpr"], used_outputs)
+                params = {**eqn.params, "jaxpr": left}
+                if isinstance(params["prevent_cse"], tuple):
+                    params["prevent_cse"] = ()
+                return used_inputs, eqn.replace(invars=[], outvars=[], params=params)
+            same = new is not None and new.primitive is eqn.primitive
+            if same and (new.invars or new.outvars or new.primitive is remat):
                 return used_inputs, new
             if has_state(eqn) or (new is not None and has_state(new)):
                 return [True] * len(eqn.invars), eqn
@@ -950,7 +1021,7 @@ def _keep_unused_state() -> None:
 
         return rule_with_state
 
-    for primitive in (_ad_checkpoint.remat_p, _custom.remat_opt_p, _shard_map.shard_map_p):
+    for primitive in (remat, _custom.remat_opt_p, _shard_map.shard_map_p):
         _pe.dce_rules[primitive] = keeping_state(_pe.dce_rules[primitive])
 
 
@@ -1035,6 +1106,25 @@ def _keep_state_in_while() -> None:
 def _known_and_saved(saveable, unknown_in, instantiate_in, eqn):
     n = len(eqn.outvars)
     return eqn, None, [False] * n, [False] * n, []
+
+
+def _know_mesh_of_nested_shard_map() -> None:
+    """The mesh of a shard_map inside of another is abstract: it says nothing of the devices."""
+    rule = _mlir._lowerings[_shard_map.shard_map_p].rule
+
+    def lower_and_know_mesh(ctx, *args, **params):
+        mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+        known = mesh if isinstance(mesh, jax.sharding.Mesh) else _here.mesh
+        if known is not None and VERSION < (0, 11) and has_state(params["jaxpr"]):
+            raise NotImplementedError(
+                "storax: state inside of a `jax.shard_map` that is inside of another, in a compiled "
+                "program: XLA aborts on it before JAX 0.11. Make one `jax.shard_map` of the two, over "
+                "the axes of both."
+            )
+        with _entering(mesh=known):
+            return rule(ctx, *args, **params)
+
+    _mlir.register_lowering(_shard_map.shard_map_p, lower_and_know_mesh)
 
 
 def forget_failed_tokens() -> None:
@@ -1209,6 +1299,7 @@ def _keep_single_result(module: Any) -> None:
 PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
     ("jit", _register_effect),
     ("jit", _keep_token_in_module),
+    ("jit", _know_mesh_of_nested_shard_map),
     ("grad", _keep_state_in_scan),
     ("grad", _keep_unused_state),
     ("grad", _refuse_state_in_backward_pass),
@@ -1248,6 +1339,16 @@ def infer_static(
         as_tuple = lambda x, kind: () if x is None else (x,) if isinstance(x, kind) else tuple(x)
         return as_tuple(argnums, int), as_tuple(argnames, str)
     return _api_util.infer_argnums_and_argnames(signature, argnums, argnames)
+
+
+_EXPERIMENTS = [
+    f for f in (getattr(_config, n, None) for n in ("remat3", "scan3")) if f is not None
+]
+
+
+def experiments() -> list[str]:
+    """Flags that are on, and with which JAX takes code that it does not yet stand by (since 0.10)."""
+    return [f"`{flag._name}`" for flag in _EXPERIMENTS if flag.value]
 
 
 def is_ordered(effect: Any) -> bool:

@@ -27,6 +27,7 @@ __all__ = ["frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
 
 class _StatePrimitive(_jax.Primitive):
     def bind(self, *args, **params):
+        _refused.check_flags()
         # Staged is not yet differentiated or batched: what is refused below shows then.
         staged = _jax.stage(self, args, params)
         return super().bind(*args, **params) if staged is None else staged

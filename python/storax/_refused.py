@@ -8,7 +8,7 @@ import jax
 
 from . import _jax, _unknown_jax
 
-__all__ = ["install_reductions", "install_while_loop", "note_set"]
+__all__ = ["check_flags", "install_reductions", "install_while_loop", "note_set"]
 
 _ran = threading.local()
 
@@ -67,6 +67,16 @@ def _wrap_while_loop(original):
         return original(checked, body_fun, init_val)
 
     return while_loop
+
+
+def check_flags() -> None:
+    """JAX's next `jax.checkpoint` and `lax.scan`, still experiments, know of no effects."""
+    if flags := _jax.experiments():
+        raise NotImplementedError(
+            f"storax: get and set under the experimental {' and '.join(flags)} of JAX "
+            f"{jax.__version__}, which would run them again in the backward pass, or not at all. "
+            "Leave that flag off."
+        )
 
 
 def install_reductions() -> None:

@@ -309,6 +309,29 @@ def test_partly_manual_is_refused():
             jit(f)(jnp.ones((2, 2)))
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=str)
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit, storax.jit], ids=["eager", "jit", "ours"])
+def test_one_axis_within_the_other(jit, order):
+    mesh = Mesh(np.array(jax.devices())[order].reshape(2, 2), ("i", "j"))
+    index = storax.StateIndex()
+
+    def inner(x):
+        storax.set_state(index, x)
+        return x + 1
+
+    within = lambda x: jax.shard_map(inner, in_specs=P("j"), out_specs=P("j"), axis_names={"j"})(x)
+    f = jit(shard(within, mesh, AXIS, AXIS, axis_names={"i"}))
+    x = jax.device_put(X, jax.NamedSharding(mesh, P(("i", "j"))))
+    if jit in (jax.jit, storax.jit) and jax.__version_info__ < (0, 11):
+        with pytest.raises(NotImplementedError, match=r"Make one `jax.shard_map` of the two"):
+            f(x)
+        return
+    for _ in range(2):
+        np.testing.assert_array_equal(f(x), X + 1)
+    state = storax.get_state(index, jnp.zeros((2, 2, 1)))
+    np.testing.assert_array_equal(state.ravel(), X)
+
+
 def test_a_reversed_mesh_is_the_same_devices():
     reverse = Mesh(np.array(jax.devices())[::-1], ("i",))
     index = per_device()

@@ -597,6 +597,45 @@ def test_checkify(f, jit):
     assert "300.0 is too much" in error.get()
 
 
+def test_checkify_of_a_condition_with_state(f, jit):
+    """JAX would run it once to know whether it fails, and once more to know whether to go on."""
+
+    def loop(step):
+        def goes_on(k):
+            checkify.check(k < 3, "{} is too much", k)
+            return f(ONE) < 7
+
+        return lax.while_loop(goes_on, lambda k: k + step, 0)
+
+    error, out = f.runs(5, jit(checkify.checkify(loop)), 1)
+    assert out == 4 and "3 is too much" in error.get()
+
+
+def test_a_python_number_that_a_checkpointed_loop_closes_over(f):
+    """Not an array to Equinox, but differentiated by JAX all the same."""
+
+    def loop(w):
+        body = lambda c: (c[0] + 1, c[1] + 2 * w * jnp.sign(f(ONE)))
+        start = (0, w)
+        return eqxi.while_loop(lambda c: c[0] < 3, body, start, kind="checkpointed", max_steps=4)[1]
+
+    assert f.runs(3, jax.grad(loop), 1.0) == 7
+    np.testing.assert_array_equal(jax.vmap(jax.grad(loop))(jnp.ones(2)), [7, 7])
+
+
+@pytest.mark.parametrize("flag", ["jax_remat3", "jax_scan3"])
+def test_experiments_of_jax_are_refused(flag):
+    index = storax.StateIndex()
+    storax.set_state(index, ONE)
+    before = getattr(jax.config, flag)
+    jax.config.update(flag, True)
+    try:
+        with pytest.raises(NotImplementedError, match=rf"`{flag}` of JAX .*Leave that flag off"):
+            jax.jit(lambda: storax.get_state(index, ONE))()
+    finally:
+        jax.config.update(flag, before)
+
+
 def test_without_jit_no_loop_starts_again(f):
     """Under vmap JAX finds out too late that it can't run a loop in Python."""
 

@@ -7,6 +7,7 @@ loop and what may not, and leaves out what has no use. Every set must stay, as o
 import itertools
 import os
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -274,6 +275,26 @@ def test_shard_map(around, jit, has_result):
     for k in range(1, 3):
         jit(programs[around])(jnp.float32(1))
         assert counting.read() == k
+
+
+def test_a_remat_needs_no_more_inputs_than_its_state():
+    """Flax finds out so what a scan in a layer depends on."""
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.float32(0))
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            storax.set_state(index, storax.get_state(index, jnp.float32(0)) + 1)
+            return nn.Dense(3)(x), None
+
+    for options, runs in (({}, 5), ({"check_constancy_invariants": False}, 4)):
+        over = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 4}
+        layers = nn.scan(nn.remat(Layer), **over, **options)()
+        variables = layers.init(jax.random.key(0), jnp.ones(3), None)
+        storax.set_state(index, jnp.float32(0))
+        layers.apply(variables, jnp.ones(3), None)
+        assert storax.get_state(index, jnp.float32(0)) == runs
 
 
 def test_what_would_be_left_to_the_backward_pass_is_refused():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -344,6 +345,64 @@ def test_a_state_per_device_on_a_mesh_of_one():
     with pytest.raises(RuntimeError, match="'each'"):
         jax.block_until_ready(f(jnp.ones(4)))
     assert storax.get_state(all_, jnp.float32(0)) == 1
+
+
+def _cond(count):
+    return lambda x: lax.cond(x > 1, lambda x: x * count(), lambda x: x, x)
+
+
+def _cond_of_what_is_replicated(count):
+    k = jnp.float32(3)
+    return lambda x: lax.cond(x > 1, lambda: k * count(), lambda: k)
+
+
+def _switch(count):
+    return lambda x: lax.switch((x > 1) * 1, [lambda x: x * count(), lambda x: x], x)
+
+
+def _while(count):
+    body = lambda c: (c[0] - count(), c[1] + 1)
+    return lambda x: lax.while_loop(lambda c: c[0] > 0, body, (x, 0.0))[1]
+
+
+def _scan_in_cond(count):
+    scan = lambda x: lax.scan(lambda c, _: (c * count(), None), x, None, length=2)[0]
+    return lambda x: lax.cond(x > 1, scan, lambda x: x, x)
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+@pytest.mark.parametrize("own_state", [False, True])
+@pytest.mark.parametrize(
+    "make", [_cond, _cond_of_what_is_replicated, _switch, _while, _scan_in_cond]
+)
+def test_lanes_over_a_mesh_part_company(make, own_state, set_mesh, mesh):
+    """As they do on a single device, whatever the kind of the mesh's axes."""
+
+    def run(x):
+        index = storax.StateIndex()
+
+        def in_lane(x, start):
+            like = start if own_state else jnp.float32(0)
+
+            def count():
+                storax.set_state(index, storax.get_state(index, like) + 1)
+                return 2.0
+
+            return make(count)(x)
+
+        first = lambda start: storax.set_state(index, start)
+        storax.jit(jax.vmap(first))(0 * x) if own_state else first(jnp.float32(0))
+        f = storax.jit(jax.vmap(in_lane))
+        out = [f(x, 0 * x), f(x, 0 * x)]
+        get = lambda like: storax.get_state(index, like)
+        state = storax.jit(jax.vmap(get))(0 * x) if own_state else get(jnp.float32(0))
+        return [*out, state]
+
+    x = np.arange(8, dtype=np.float32)
+    want = run(jnp.asarray(x))
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        got = run(put(x, mesh, "i"))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def batch_norm_model():

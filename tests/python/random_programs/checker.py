@@ -4,16 +4,20 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import storax
 
-from .interpreter import RUNS, Interpreter
+from .interpreter import RUNS, Interpreter, TooLarge
 from .runner import Runner
 from .syntax import Program
 
 # Not how storax compiles programs, but four times as fast for small ones; JAX 0.11 has no other way.
 QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else None
+DEVICES = 2
 
 
 @dataclasses.dataclass
@@ -32,6 +36,8 @@ class Way:
     runs: int = 2
     # Whether each get and set of the program runs as often as the program says.
     counts: bool = True
+    # Whether each of `DEVICES` devices runs it on an `x` of its own, and with states of its own.
+    mapped: bool = False
     # When there are many programs, one in so many runs this way, from that of this number on.
     one_in: int = 1
     first: int = 0
@@ -49,6 +55,26 @@ def _hoisted(**form):
     return lambda f, options: storax.jit(f, compiler_options=options, **form)
 
 
+def _ahead_of_time(f, options):
+    return lambda *args: jax.jit(f).lower(*args).compile(options)(*args)
+
+
+def _shard_map(f, options):
+    def on_device(*args):
+        out = f(*jax.tree.map(lambda x: x[0], args))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), out)
+
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("device",))
+    over = P("device")
+    # With the check the two branches of a cond must vary over the same axes, and so on.
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=over, out_specs=over, check_vma=False)
+    return jax.jit(mapped, compiler_options=options)
+
+
+def _pmap(f, options):
+    return jax.pmap(f, devices=jax.devices()[:DEVICES])
+
+
 WAYS = {
     "jit": Way(lambda f, options: jax.jit(f, compiler_options=options)),
     "eager": Way(lambda f, options: f, runs=1, one_in=20),
@@ -57,6 +83,9 @@ WAYS = {
     # These load and store state when they like. What is not set at first runs as under plain jit once.
     "storax.jit": Way(_hoisted(), runs=RUNS, counts=False, one_in=2),
     "storax.jit, pure": Way(_hoisted(pack=False), runs=RUNS, counts=False, one_in=2, first=1),
+    "ahead of time": Way(_ahead_of_time, one_in=20, first=1),
+    "shard_map": Way(_shard_map, mapped=True, one_in=10, first=2),
+    "pmap": Way(_pmap, mapped=True, one_in=20, first=3),
 }
 # What is refused, by JAX or by storax.
 REFUSED = {
@@ -72,7 +101,24 @@ def sample(number: int) -> list[str]:
     return [name for name, way in WAYS.items() if number % way.one_in == way.first]
 
 
-def expected(program: Program, runs: int) -> Outcome:
+def expected(program: Program, way: Way) -> Outcome:
+    if not way.mapped:
+        return _expected(program, way.runs)
+    x, *y = program.inputs
+    alone = [
+        _expected(dataclasses.replace(program, inputs=(x + k, *y)), way.runs)
+        for k in range(DEVICES)
+    ]
+    stack = lambda *each: np.stack(each)
+    results, states = ([getattr(a, name) for a in alone] for name in ("results", "states"))
+    counts = {
+        name: tuple(map(sum, zip(*[a.counts[name] for a in alone], strict=True)))
+        for name in alone[0].counts
+    }
+    return Outcome(jax.tree.map(stack, *results), jax.tree.map(stack, *states), counts)
+
+
+def _expected(program: Program, runs: int) -> Outcome:
     meaning = Interpreter(program)
     results = [meaning.run() for _ in range(runs)]
     states = meaning.states
@@ -84,17 +130,24 @@ def expected(program: Program, runs: int) -> Outcome:
 
 
 def observed(program: Program, way: Way, options=None) -> Outcome:
-    runner = Runner(program)
-    runner.preset()
+    runner, args = Runner(program), Runner.inputs(program)
+    if way.mapped:
+        x, y = args
+        args = x + jnp.arange(DEVICES, dtype=x.dtype), jnp.stack([y] * DEVICES)
+        on_devices = lambda f: lambda: way.wrap(lambda x, y: f(), options)(*args)
+    else:
+        on_devices = lambda f: f
+    on_devices(runner.preset)()
+    storax.barrier()
     before = runner.counts()
-    run, args = way.wrap(runner.__call__, options), runner.inputs()
+    run = way.wrap(runner.__call__, options)
     results = [jax.block_until_ready(run(*args)) for _ in range(way.runs)]
     storax.barrier()
     counts = {
         name: (gets - before[name][0], sets - before[name][1])
         for name, (gets, sets) in runner.counts().items()
     }
-    return Outcome(results, runner.final_states(), counts)
+    return Outcome(results, on_devices(runner.final_states)(), counts)
 
 
 def difference(want: Outcome, got: Outcome, count: bool) -> str | None:
@@ -114,7 +167,10 @@ def difference(want: Outcome, got: Outcome, count: bool) -> str | None:
 def check_way(program: Program, name: str, options=None) -> str | None:
     """What is wrong with a program that is run this way."""
     way = WAYS[name]
-    want = expected(program, way.runs)
+    try:
+        want = expected(program, way)
+    except TooLarge:  # with the argument of another device
+        return None
     try:
         got = observed(program, way, options)
     except Exception as e:

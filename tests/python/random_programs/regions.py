@@ -24,7 +24,15 @@ CALLS = (
     "custom_vjp",
     "checkpoint_dots",
     "checkpoint_everything",
+    "checkpoint_nothing",
+    "custom_jvp_symbolic",
+    "custom_vjp_symbolic",
+    "jit_inline",
+    "closure_convert",
 )
+# Ways to take a derivative, by whether they go forward or backward; `linearize` does both.
+FORWARD = ("jvp", "jacfwd", "linearize")
+BACKWARD = ("value_and_grad", "pullback", "jacrev", "linearize")
 
 
 class Regions:
@@ -185,13 +193,15 @@ class Regions:
         return self.pick([0, 1, -1, -2] if variable.vector else [0, -1])
 
     def make_grad(self, scope, deep):
-        how = self.pick(["value_and_grad", "jvp"])
+        how = self.pick(self.pick([BACKWARD, FORWARD]))
         at, v = self.expr(scope, depth=1)
         t = Variable(self.name("t"), False, v.lanes, v.active)
-        mode = "forward" if how == "jvp" else "backward"
         inner = scope.plus(t.but(active=t.active | {t.name}))
-        inner = inner.but(**{mode: getattr(scope, mode) | {t.name}})
-        if how == "value_and_grad" and self.flag():
+        if how in FORWARD:
+            inner = inner.but(forward=inner.forward | {t.name})
+        if how in BACKWARD:
+            inner = inner.but(backward=inner.backward | {t.name})
+        if how in BACKWARD and self.flag():
             # JAX takes loops in a checkpoint apart, and leaves out what nothing uses.
             self.planned = ["call", "scan", self.pick(["call", "branch", "scan", "fori"])]
             deep, self.left = max(deep, len(self.planned)), self.left + len(self.planned)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -132,6 +133,44 @@ def _custom_vjp(f):
     return g
 
 
+def _custom_jvp_symbolic(f):
+    """Differentiated by no more arguments than those that have a tangent."""
+
+    def rule(primals, tangents):
+        zero = [isinstance(t, SymbolicZero) for t in tangents]
+
+        def of_others(*args):
+            args = iter(args)
+            return f(*[p if z else next(args) for p, z in zip(primals, zero, strict=True)])
+
+        keep = lambda xs: [x for x, z in zip(xs, zero, strict=True) if not z]
+        return jax.jvp(of_others, keep(primals), keep(tangents))
+
+    g = jax.custom_jvp(f)
+    g.defjvp(rule, symbolic_zeros=True)
+    return g
+
+
+def _custom_vjp_symbolic(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(
+        lambda *args: jax.vjp(f, *[a.value for a in args]),
+        lambda pullback, cts: pullback(
+            [jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c for c in cts]
+        ),
+        symbolic_zeros=True,
+    )
+    return g
+
+
+def _closure_convert(f):
+    def g(*args):
+        converted, closed_over = jax.closure_convert(f, *args)
+        return converted(*args, *closed_over)
+
+    return g
+
+
 def _checkpoint(policy):
     policy = getattr(jax.checkpoint_policies, policy)
     return functools.partial(jax.checkpoint, policy=policy)
@@ -142,8 +181,54 @@ CALLS = {
     "checkpoint": jax.checkpoint,
     "checkpoint_dots": _checkpoint("dots_saveable"),
     "checkpoint_everything": _checkpoint("everything_saveable"),
+    "checkpoint_nothing": functools.partial(_checkpoint("nothing_saveable"), prevent_cse=False),
     "custom_jvp": _custom_jvp,
+    "custom_jvp_symbolic": _custom_jvp_symbolic,
     "custom_vjp": _custom_vjp,
+    "custom_vjp_symbolic": _custom_vjp_symbolic,
+    "jit_inline": functools.partial(jax.jit, inline=True),
+    "closure_convert": _closure_convert,
+}
+
+
+# Each returns the value of a function of a scalar, and its derivative.
+
+
+def _jvp(f, at):
+    return jax.jvp(f, (at,), (jnp.ones_like(at),))
+
+
+def _linearize(f, at):
+    value, tangent = jax.linearize(f, at)
+    return value, tangent(jnp.ones_like(at))
+
+
+def _pullback(f, at):
+    """As a value that is passed to a function, and called twice."""
+    value, pullback = jax.vjp(f, at)
+    call = jax.jit(lambda pullback, x: pullback(x)[0])
+    return value, call(pullback, jnp.ones_like(at) * 2) - call(pullback, jnp.ones_like(at))
+
+
+def _jacobian(transformation):
+    def derivative(f, at):
+        def twice(t):
+            value = f(t)
+            return value, value
+
+        slope, value = transformation(twice, has_aux=True)(at)
+        return value, slope
+
+    return derivative
+
+
+DERIVATIVES = {
+    "jvp": _jvp,
+    "linearize": _linearize,
+    "jacfwd": _jacobian(jax.jacfwd),
+    "value_and_grad": lambda f, at: jax.value_and_grad(f)(at),
+    "pullback": _pullback,
+    "jacrev": _jacobian(jax.jacrev),
 }
 
 
@@ -178,8 +263,9 @@ class Runner:
         )
         return self.block(self.program.body, env)
 
-    def inputs(self):
-        x, *y = self.program.inputs
+    @staticmethod
+    def inputs(program):
+        x, *y = program.inputs
         return jnp.float32(x), jnp.array(y, jnp.float32)
 
     # What it left
@@ -364,8 +450,5 @@ class Runner:
             return fit(out, False)
 
         at = fit(self.expr(s.at, env), False)
-        if s.how == "jvp":
-            value, slope = jax.jvp(f, (at,), (jnp.ones_like(at),))
-        else:
-            value, slope = jax.value_and_grad(f)(at)
+        value, slope = DERIVATIVES[s.how](f, at)
         return self.bind(env, s.outs, [value, modulo(slope)])

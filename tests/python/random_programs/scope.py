@@ -78,13 +78,14 @@ class Scope:
 
     def custom(self, how):
         """Inside custom_jvp or custom_vjp."""
-        inner = self.without(self.forward) if how == "custom_vjp" else self
+        jvp = how.startswith("custom_jvp")
+        inner = self if jvp else self.without(self.forward)
         active = union(v.active for v in inner.variables)
         variables = tuple(v.but(active=active) for v in inner.variables)
         return inner.but(
             variables=variables,
             all_active=self.all_active or bool(active),
-            in_jvp_rule=self.in_jvp_rule or how == "custom_jvp",
+            in_jvp_rule=self.in_jvp_rule or jvp,
         )
 
     def has_checkpointed_loops(self):

@@ -277,7 +277,7 @@ class Vmap:
 class Grad:
     """The value and derivative of a block, at a scalar."""
 
-    how: str  # value_and_grad, jvp
+    how: str  # of FORWARD or BACKWARD in regions.py
     name: str
     at: Expr
     outs: tuple[Binding, Binding]

@@ -1,0 +1,283 @@
+"""What lanes that don't take a branch compute in it: nothing that could be told from outside.
+
+They go through the branch all the same. So each program here is one that only a lane that takes the
+branch can stand: elsewhere it has no finite derivative, or has a loop that does not end.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import storax
+
+W = 1.5
+# Where a lane's number is 0, log has no derivative, and doubling never gets anywhere.
+LANES = jnp.arange(4, dtype=jnp.float32)
+
+
+def counter():
+    index = storax.StateIndex(name="counter")
+    storax.set_state(index, jnp.float32(0))
+    return index
+
+
+def add_one(index, like=0.0):
+    like = 0 * jnp.float32(like)
+    storax.set_state(index, lax.stop_gradient(storax.get_state(index, like) + 1))
+
+
+# --- Derivatives ----------------------------------------------------------------------------------
+
+
+def _in_scan(f):
+    return lambda w, x: lax.scan(lambda c, _: (c + f(w, x), None), 0.0, None, length=2)[0]
+
+
+def _with_rule(f):
+    g = jax.custom_jvp(f)
+    g.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
+    return g
+
+
+def _with_pullback(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda *args: jax.vjp(f, *args), lambda pullback, ct: pullback(ct))
+    return g
+
+
+def log(w, x):
+    return w * w * jnp.log(x)
+
+
+# Of what all lanes share, `w`, and of a lane's own, `x`.
+FUNCTIONS = {
+    "shared": log,
+    "in a scan": _in_scan(log),
+    "in a jit": jax.jit(log),
+    "in a checkpoint": jax.checkpoint(log),
+    "in a custom_jvp": _with_rule(log),
+    "in a custom_vjp": _with_pullback(log),
+    "in a branch of a branch": lambda w, x: lax.cond(x > 1, log, lambda w, x: w, w, x),
+}
+
+
+def in_a_branch(f, add):
+    def taken(w, x):
+        add(w)
+        return f(w, x)
+
+    return lambda w, x: lax.cond(x > 0, taken, lambda w, x: w, w, x)
+
+
+def beside_a_branch(f, add):
+    def other(w, x):
+        add(w)
+        return w
+
+    return lambda w, x: lax.switch(jnp.int32(x > 0), [other, f], w, x)
+
+
+def of_a_branch_with_state(f, add):
+    """In the branch is a further one, with the state in it."""
+
+    def taken(w, x):
+        return lax.cond(x > 1, lambda w, x: (add(w), f(w, x))[1], f, w, x)
+
+    return lambda w, x: lax.cond(x > 0, taken, lambda w, x: w, w, x)
+
+
+PLACES = {f.__name__: f for f in (in_a_branch, beside_a_branch, of_a_branch_with_state)}
+# Whether what is got has to do with what is differentiated.
+LIKES = {"like a constant": lambda w: 0.0, "like w": lambda w: w}
+DERIVATIVES = {
+    "grad": jax.grad,
+    "grad of checkpoint": lambda f: storax.jit(jax.grad(jax.checkpoint(f))),
+    "grad of grad": lambda f: jax.jit(jax.grad(jax.grad(f))),
+    "hessian": lambda f: jax.jit(jax.hessian(f)),
+}
+
+
+def lane_by_lane(derive, f, lanes=LANES):
+    return sum(derive(lambda w, x=x: f(w, x))(W) for x in map(float, lanes))
+
+
+def derivatives_of(name):
+    if name == "in a custom_vjp":  # which has no derivative forward
+        return [d for d in DERIVATIVES if d != "hessian"]
+    return list(DERIVATIVES)
+
+
+@pytest.mark.parametrize("like", LIKES)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives_by_what_lanes_share(name, place, like):
+    index, make = counter(), PLACES[place]
+    f = make(FUNCTIONS[name], lambda w: add_one(index, LIKES[like](w)))
+    pure = make(FUNCTIONS[name], lambda w: None)
+    in_lanes = lambda w: jax.vmap(f, (None, 0))(w, LANES).sum()
+    for how in derivatives_of(name):
+        derive = DERIVATIVES[how]
+        want = lane_by_lane(derive, pure)
+        assert np.isfinite(want)
+        np.testing.assert_allclose(derive(in_lanes)(W), want, rtol=1e-5, err_msg=how)
+
+
+@pytest.mark.parametrize("how", DERIVATIVES)
+@pytest.mark.parametrize("like", LIKES)
+def test_derivatives_in_lanes_of_lanes(like, how):
+    """The branch goes by both vmaps, and what it is of by each, by both and by none."""
+    index, derive = counter(), DERIVATIVES[how]
+    outer = jnp.array([0.0, 1.0])
+
+    def f(add):
+        def taken(w, x, y):
+            add(w)
+            return log(w, x - y) + w * jnp.log(x) + w * w * jnp.sqrt(1.5 - y)
+
+        return lambda w, x, y: lax.cond(x > y, taken, lambda w, x, y: w, w, x, y)
+
+    both = lambda w: jax.vmap(
+        lambda y: jax.vmap(f(lambda w: add_one(index, LIKES[like](w))), (None, 0, None))(
+            w, LANES, y
+        ).sum()
+    )(outer).sum()
+    pure = f(lambda w: None)
+    want = sum(lane_by_lane(derive, lambda w, x, y=y: pure(w, x, y)) for y in outer)
+    np.testing.assert_allclose(derive(both)(W), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", DERIVATIVES)
+def test_derivatives_by_what_lanes_share_of_a_state(how):
+    """Lanes that don't take the branch have a state of which log has no derivative."""
+    index, derive = storax.StateIndex(), DERIVATIVES[how]
+
+    def f(w, x):
+        return lax.cond(x > 0, lambda: log(w, storax.get_state(index, x)), lambda: w)
+
+    def in_lanes(w):
+        jax.vmap(lambda x: storax.set_state(index, x))(LANES)
+        return jax.vmap(f, (None, 0))(w, LANES).sum()
+
+    want = lane_by_lane(derive, lambda w, x: log(w, x) if x > 0 else w)
+    np.testing.assert_allclose(derive(in_lanes)(W), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", DERIVATIVES)
+def test_derivatives_by_what_lanes_share_of_a_lanes_number(how):
+    index, derive = counter(), DERIVATIVES[how]
+
+    def taken(w):
+        add_one(index)
+        return log(w, lax.axis_index("lanes").astype(jnp.float32))
+
+    f = lambda w, x: lax.cond(x > 0, taken, lambda w: w, w)
+    in_lanes = lambda w: jax.vmap(f, (None, 0), axis_name="lanes")(w, LANES).sum()
+    want = lane_by_lane(derive, lambda w, x: log(w, x) if x > 0 else w)
+    np.testing.assert_allclose(derive(in_lanes)(W), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+def test_no_nan_is_made(jit):
+    index = counter()
+
+    def taken(x):
+        add_one(index)
+        return jnp.log(x) / x
+
+    f = jit(jax.vmap(lambda x: lax.cond(x > 0, taken, lambda x: x, x)))
+    with jax.debug_nans(True):
+        out = f(LANES)
+    np.testing.assert_allclose(out, [0, *[np.log(x) / x for x in LANES[1:]]], rtol=1e-6)
+
+
+# --- Loops ----------------------------------------------------------------------------------------
+
+
+def doubled(x):
+    """Until it is 4 or more."""
+    return lax.while_loop(lambda v: v < 4, lambda v: v * 2, x)
+
+
+DOUBLED = [0, 4, 4, 6]
+
+
+def branch_with_loop(add):
+    return lambda x: lax.cond(x > 0, lambda x: (add(), doubled(x))[1], lambda x: x, x)
+
+
+def branch_with_loop_beside_state(add):
+    return lambda x: lax.cond(x > 0, doubled, lambda x: (add(), x)[1], x)
+
+
+def branch_with_loop_that_no_lane_takes(add):
+    other = lambda x: (add(), x)[1]
+    return lambda x: lax.switch(
+        jnp.where(x > 9, 2, jnp.int32(x > 0)), [other, lambda x: doubled(x + 0), doubled], x
+    )
+
+
+def loop_of_state(add):
+    """Which reads the state to know whether it ends."""
+
+    def double(v):
+        add()
+        return v * 2
+
+    loop = lambda x: lax.while_loop(lambda v: v < 4, double, x)
+    return lambda x: lax.cond(x > 0, loop, lambda x: x, x)
+
+
+def loop_in_a_loop(add):
+    """A lane that has ended has 0 for its number, with which the inner loop does not end."""
+
+    def step(carry):
+        left, _ = carry
+        add()
+        return left - 1, doubled(left)
+
+    def run(x):
+        _, last = lax.while_loop(lambda c: c[0] > 0, step, (x, 0.0))
+        return jnp.where(x > 0, doubled(x * 1 + (x == 0)), last)
+
+    return run
+
+
+def loop_in_a_condition(add):
+    def goes_on(left):
+        add()
+        return doubled(left + 1) > 4.5
+
+    return lambda x: lax.while_loop(goes_on, lambda left: left - 1, x)
+
+
+LOOPS = {
+    f.__name__: f
+    for f in (
+        branch_with_loop,
+        branch_with_loop_beside_state,
+        branch_with_loop_that_no_lane_takes,
+        loop_of_state,
+        loop_in_a_loop,
+        loop_in_a_condition,
+    )
+}
+
+
+@pytest.mark.timeout(60, method="thread")  # XLA hears of no signal
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("name", LOOPS)
+def test_nothing_hangs_that_the_lanes_one_by_one_would_not(name, levels, jit):
+    index = counter()
+    f = LOOPS[name](lambda: add_one(index))
+    want = [jax.jit(f)(x).item() for x in LANES]
+    in_lanes, lanes = jax.vmap(f), LANES
+    if levels == 2:
+        in_lanes, lanes, want = (
+            jax.vmap(in_lanes),
+            jnp.stack([LANES, 0 * LANES]),
+            [want, [want[0]] * 4],
+        )
+    np.testing.assert_array_equal(jit(in_lanes)(lanes), want)

@@ -566,8 +566,8 @@ MUTANTS = [
     Mutant(
         "an unknown JAX is trusted with vmap of while",
         "_control_flow.py",
-        '        _unknown_jax.require("vmap of control flow")\n        out = ',
-        "        out = ",
+        '        _unknown_jax.require("vmap of control flow")\n        with _jax',
+        "        with _jax",
         "unknown_jax",
     ),
     Mutant(

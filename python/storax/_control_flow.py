@@ -45,41 +45,49 @@ class _Params(dict):
 
 
 @masked_cond_p.def_effectful_abstract_eval
-def _(mask, index, *operands, params):
+def _(mask, index, *operands, params, fills):
     return list(params["branches"][0].out_avals), _jax.state_effects(*params["branches"])
 
 
 @masked_while_p.def_effectful_abstract_eval
-def _(mask, *operands, params):
+def _(mask, *operands, params, fills):
     effects = _jax.state_effects(params["cond_jaxpr"], params["body_jaxpr"])
     return list(params["body_jaxpr"].out_avals), effects
+
+
+# What differs from lane to lane of itself.
+_OWN = ("axis_index",)
 
 
 # --- Masking a per-lane program -------------------------------------------------------------------
 
 
-def masked(jaxpr: Any, mask: Any, args: Sequence[Any]) -> list[Any]:
-    """Evaluates a closed jaxpr for one lane so that it sets state only where `mask` is true."""
-    return _masked(_jax.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), mask, args)
+def masked(jaxpr: Any, mask: Any, args: Sequence[Any], *, fills: bool) -> list[Any]:
+    """Evaluates a closed jaxpr for one lane so that it sets state only where `mask` is true.
+
+    With `fills`, a lane of which it is not true gets what another has that reads state, or its number.
+    """
+    return _masked(_jax.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), mask, args, fills)
 
 
-def _masked(jaxpr, consts, mask, args):
+def _masked(jaxpr, consts, mask, args, fills):
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
         with eqn.ctx.manager:
-            outs = _masked_equation(eqn, ins, mask)
+            outs = _masked_equation(eqn, ins, mask, fills)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [v.val if isinstance(v, _jax.Literal) else env[v] for v in jaxpr.outvars]
 
 
-def _masked_equation(eqn, ins, mask):
+def _masked_equation(eqn, ins, mask, fills):
     # What is pure may still have rules with state in them.
     has_state = _jax.has_state(eqn)
-    if eqn.primitive is get_p or eqn.primitive.name == "axis_index":
-        return fill(mask, _jax.bind_equation(eqn, ins))
-    if not (has_state or _jax.has_primitive(eqn, *_jax.RULES)):
+    if eqn.primitive is get_p or eqn.primitive.name in _OWN:
+        outs = _jax.bind_equation(eqn, ins)
+        return fill(mask, outs) if fills else outs
+    if not (has_state or _jax.has_primitive(eqn, *_OWN, *_jax.RULES)):
         return _jax.bind_equation(eqn, ins)
     rule = _masked_rules.get(eqn.primitive.name)
     if rule is None and not has_state:
@@ -90,25 +98,25 @@ def _masked_equation(eqn, ins, mask):
             "batched by `jax.vmap`, is not supported. Move the get and set out of it, or make the "
             "predicate independent of the batch."
         )
-    return rule(eqn.params, ins, mask)
+    return rule(eqn.params, ins, mask, fills)
 
 
-def _mask_set(params, ins, mask):
+def _mask_set(params, ins, mask, _):
     return set_masked_p.bind(mask, *ins, mask_axes=(None,) * len(params["levels"]), **params)
 
 
-def _mask_set_masked(params, ins, mask):
+def _mask_set_masked(params, ins, mask, _):
     inner, *state = ins
     return set_masked_p.bind(
         lax.bitwise_and(inner, jnp.broadcast_to(mask, inner.shape)), *state, **params
     )
 
 
-def _mask_scan(params, ins, mask):
+def _mask_scan(params, ins, mask, fills):
     consts, init, xs = _jax.split_scan(params, ins)
 
     def body(carry, x):
-        out = masked(params["jaxpr"], mask, [*consts, *carry, *x])
+        out = masked(params["jaxpr"], mask, [*consts, *carry, *x], fills=fills)
         return out[: len(init)], out[len(init) :]
 
     carry, ys = lax.scan(
@@ -117,29 +125,43 @@ def _mask_scan(params, ins, mask):
     return [*carry, *ys]
 
 
-def _mask_jit(params, ins, mask):
-    inner = jax.jit(lambda mask, *args: masked(params["jaxpr"], mask, args))
+def _mask_jit(params, ins, mask, fills):
+    inner = jax.jit(lambda mask, *args: masked(params["jaxpr"], mask, args, fills=fills))
     return inner(mask, *ins)
 
 
-def _mask_checkpoint(params, ins, mask):
+def _mask_checkpoint(params, ins, mask, fills):
     inner = jax.checkpoint(
-        lambda mask, *args: masked(params["jaxpr"], mask, args),
+        lambda mask, *args: masked(params["jaxpr"], mask, args, fills=fills),
         prevent_cse=params["prevent_cse"],
         policy=params["policy"],
     )
     return inner(mask, *ins)
 
 
-def _mask_shard_map(params, ins, mask):
+def _mask_shard_map(params, ins, mask, fills):
     inner = _jax.shard_map_like(
-        lambda mask, *args: _masked(_jax.open_jaxpr(params["jaxpr"]), (), mask, args), params
+        lambda mask, *args: _masked(_jax.open_jaxpr(params["jaxpr"]), (), mask, args, fills), params
     )
     return inner(mask, *ins)
 
 
-def _mask_call(params, ins, mask):
-    return masked(params["call_jaxpr"], mask, ins)
+def _mask_call(params, ins, mask, fills):
+    return masked(params["call_jaxpr"], mask, ins, fills=fills)
+
+
+def _mask_with_rules(mask_custom):
+    def rule(params, ins, mask, fills):
+        return mask_custom(functools.partial(masked, fills=fills), params, ins, mask)
+
+    return rule
+
+
+def _mask_control_flow(primitive):
+    def rule(params, ins, mask, fills):
+        return primitive.bind(mask, *ins, params=_Params(params), fills=fills)
+
+    return rule
 
 
 _masked_rules: dict[str, Callable[..., Any]] = {
@@ -149,12 +171,12 @@ _masked_rules: dict[str, Callable[..., Any]] = {
     "jit": _mask_jit,
     "remat2": _mask_checkpoint,
     "shard_map": _mask_shard_map,
-    "custom_jvp_call": lambda *args: mask_custom_jvp(masked, *args),
-    "custom_vjp_call": lambda *args: mask_custom_vjp(masked, *args),
+    "custom_jvp_call": _mask_with_rules(mask_custom_jvp),
+    "custom_vjp_call": _mask_with_rules(mask_custom_vjp),
     # What JAX makes of a scan under checkpoint, and the like; the latter since 0.11.
     **dict.fromkeys(("closed_call", "eval_jaxpr"), _mask_call),
-    "cond": lambda params, ins, mask: masked_cond_p.bind(mask, *ins, params=_Params(params)),
-    "while": lambda params, ins, mask: masked_while_p.bind(mask, *ins, params=_Params(params)),
+    "cond": _mask_control_flow(masked_cond_p),
+    "while": _mask_control_flow(masked_while_p),
 }
 
 
@@ -200,16 +222,18 @@ def _common_out_axes(axis_data, jaxprs, in_dims):
     return [0 if any(a is not None for a in column) else None for column in zip(*axes, strict=True)]
 
 
-def _batch_masked_cond(axis_data, args, dims, *, params):
+def _batch_masked_cond(axis_data, args, dims, *, params, fills=True):
     axis_data = _jax.as_moved(axis_data)
     (mask, index, *operands), (mask_dim, index_dim, *operand_dims) = args, dims
     branches = params["branches"]
     other = {k: v for k, v in params.items() if k != "branches"}
+    # What lanes learn of each other is the same whether or not they take the branch.
+    fills = fills and not _jax.has_collective(*branches)
     if index_dim is None:
         # All active lanes take the same branch.
         ins, in_dims = [mask, *operands], [mask_dim, *operand_dims]
         avals = _lane_avals(axis_data, ins, in_dims)
-        closed = [_close(lambda m, *a, b=b: masked(b, m, a), avals) for b in branches]
+        closed = [_close(lambda m, *a, b=b: masked(b, m, a, fills=fills), avals) for b in branches]
         out_dims = _common_out_axes(axis_data, closed, in_dims)
         batched = tuple(_jax.batched_jaxpr(j, axis_data, in_dims, out_dims) for j in closed)
         return lax.cond_p.bind(index, *ins, branches=batched, **other), out_dims
@@ -220,36 +244,39 @@ def _batch_masked_cond(axis_data, args, dims, *, params):
     takes = [lax.eq(index, lax.full_like(index, k)) for k in range(len(branches))]
     outs = []
     for branch, takes_it in zip(branches, takes, strict=True):
-        lanes = takes_it if active is None else takes_it & active
-        outs.append(_run_branch(axis_data, branch, lanes, operands, operand_dims, other))
+        # The jaxprs of a cond's branches have each other's effects.
+        pure = not any(map(_jax.has_state, _jax.open_jaxpr(branch).eqns))
+        # A collective hears of the lanes that are not active too.
+        every = active is None or (pure and not fills)
+        lanes = takes_it if every else takes_it & active
+        outs.append(
+            _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, pure)
+        )
     results = list(outs[0])
     for k in range(1, len(branches)):
         results = [_select(takes[k], 0, x, r) for x, r in zip(outs[k], results, strict=True)]
     return results, [0] * num_out
 
 
-def _run_branch(axis_data, branch, lanes, operands, operand_dims, other):
+def _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, pure):
     out_dims = [0] * len(branch.out_avals)
     ins, in_dims = [lanes, *operands], [0, *operand_dims]
-    # The jaxprs of a cond's branches have each other's effects.
-    pure = not any(map(_jax.has_state, _jax.open_jaxpr(branch).eqns))
-    only_if_taken = not pure or _has_primitive(branch, "while", *_jax.RULES)
 
     def one_lane(mask, *args):
-        out = masked(branch, mask, fill_operands(branch, mask, args))
+        operands = fill_operands(branch, mask, args) if fills else args
+        out = masked(branch, mask, operands, fills=fills)
         # By which an outer vmap knows it for ours.
-        return fill(mask, out) if pure and only_if_taken else out
+        return fill(mask, out, filled=False) if pure and fills else out
 
     closed = _close(one_lane, _lane_avals(axis_data, ins, in_dims))
     run = _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
-    if not only_if_taken:
-        return _jax.call_jaxpr(run, *ins)
     skip = _close(lambda *_: [_zeros(a) for a in run.out_avals], [jax.typeof(x) for x in ins])
     taken = lax.convert_element_type(_any_lane(lanes), np.int32)
-    return lax.cond_p.bind(taken, *ins, branches=(skip, run), **other)
+    out = lax.cond_p.bind(taken, *ins, branches=(skip, run), **other)
+    return [_jax.spread_lanes(axis_data, x) for x in out]
 
 
-def _batch_masked_while(axis_data, args, dims, *, params):
+def _batch_masked_while(axis_data, args, dims, *, params, fills=True):
     mask, mask_dim = args[0], dims[0]
     axis_data = _jax.as_moved(axis_data)
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
@@ -261,7 +288,7 @@ def _batch_masked_while(axis_data, args, dims, *, params):
     if pred_dim is None:
         if mask is None:
             return None  # JAX's own rule is right
-        return _while_in_step(axis_data, args, dims, params, carry_dims)
+        return _while_in_step(axis_data, args, dims, params, carry_dims, fills)
 
     # Carries that the body returns as they came are not the lanes' own: they may stay unbatched.
     open_body = _jax.open_jaxpr(body)
@@ -287,9 +314,11 @@ def _batch_masked_while(axis_data, args, dims, *, params):
     # What a lane that has ended computes is selected away, derivatives and all; but a loop in it might
     # not end.
     has_loop = _has_primitive(cond, "while") or _has_primitive(body, "while")
+    fills = fills and has_loop and not _jax.has_collective(cond, body)
 
     def run(jaxpr, mask, args):
-        return masked(jaxpr, mask, fill_operands(jaxpr, mask, args) if has_loop else args)
+        operands = fill_operands(jaxpr, mask, args) if fills else args
+        return masked(jaxpr, mask, operands, fills=fills)
 
     def start(mask, *args):
         c, _, f, carry = split(args)
@@ -342,7 +371,7 @@ def _batched_carry(axis_data, body, body_dims, init_dims):
         carry_dims = new
 
 
-def _while_in_step(axis_data, args, dims, params, carry_dims):
+def _while_in_step(axis_data, args, dims, params, carry_dims, fills):
     """A loop under a mask whose predicate is the same for all lanes."""
     mask, mask_dim = args[0], dims[0]
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
@@ -356,7 +385,7 @@ def _while_in_step(axis_data, args, dims, params, carry_dims):
     def batch(jaxpr, consts, const_dims, out_dims):
         in_dims = [mask_dim, *const_dims, *carry_dims]
         avals = _lane_avals(axis_data, [mask, *consts, *init], in_dims)
-        closed = _close(lambda m, *a: masked(jaxpr, m, a), avals)
+        closed = _close(lambda m, *a: masked(jaxpr, m, a, fills=fills), avals)
         return _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
 
     cond = batch(cond, cond_consts, cond_dims, [None])

@@ -6,9 +6,12 @@ share (jax#1052), and a loop may never end. JAX selects, lane by lane, between a
 with its gradient stopped, also where lanes share it. But that gives each operand the mask's batch axes,
 and what a get or set depends on must keep its own, as they are part of the state's type. So here the
 other lanes get what a lane has that takes the branch: of operands, of states, of the lane's number.
+
+That takes a copy, so operands are filled only where loops go by them, or once they are differentiated.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,100 +22,175 @@ from . import _jax
 
 __all__ = ["FILLED", "fill", "fill_operands", "install"]
 
-# One lane's values, as they are, under the mask of whether the lane counts.
+# One lane's values, as they are, under the mask of whether the lane counts. Of each: whether it must keep
+# its batch axes, as state depends on it, and whether it is filled in any case.
 fill_p = _jax.Primitive("fill")
-fill_p.multiple_results = True
-# Like `lax.select`, but of the batch axes of the second operand.
-keep_p = _jax.Primitive("keep")
+# All lanes' values. The mask's axes are that of the lanes, and then outer vmaps'. For each value, `axes` are
+# which of its own these are, None where it has none: then any lane along that axis may take the branch.
+fill_lanes_p = _jax.Primitive("fill_lanes")
+for _p in (fill_p, fill_lanes_p):
+    _p.multiple_results = True
 # Of what has been filled there are these.
-FILLED = (fill_p.name, keep_p.name)
+FILLED = (fill_p.name, fill_lanes_p.name)
 
 
-def fill(mask: Any, values: Sequence[Any]) -> list[Any]:
+def fill(mask: Any, values: Sequence[Any], filled: bool = True) -> list[Any]:
     """One lane's values if its `mask` is true, or else those of some lane of which it is."""
-    return fill_p.bind(mask, *values, keeps_axes=(True,) * len(values))
+    n = len(values)
+    return fill_p.bind(mask, *values, keeps_axes=(True,) * n, filled=(filled,) * n)
 
 
 def fill_operands(jaxpr: Any, mask: Any, operands: Sequence[Any]) -> list[Any]:
     """The operands of a branch, or of a loop's body, in one lane."""
-    return fill_p.bind(mask, *operands, keeps_axes=tuple(_reaching_state(jaxpr)))
-
-
-def _reaching_state(jaxpr):
-    """Which inputs of a closed jaxpr an operation on state depends on."""
     jaxpr = _jax.open_jaxpr(jaxpr)
-    found: set[Any] = set()
+    return fill_p.bind(
+        mask,
+        *operands,
+        keeps_axes=_reaching(jaxpr, lambda eqn: eqn.invars if _jax.has_state(eqn) else ()),
+        filled=_reaching(jaxpr, _deciding),
+    )
+
+
+# --- What depends on what --------------------------------------------------------------------------
+
+
+def _reaching(
+    jaxpr: Any, targets: Callable[[Any], Iterable[Any]], outs: Iterable[Any] = ()
+) -> tuple[bool, ...]:
+    """Which inputs these results depend on, or the given operands of an equation."""
+    found = set(filter(_is_variable, outs))
     for eqn in reversed(jaxpr.eqns):
-        if _jax.has_state(eqn) or any(v in found for v in eqn.outvars):
-            found.update(v for v in eqn.invars if not isinstance(v, _jax.Literal))
-    return [v in found for v in jaxpr.invars]
+        found.update(filter(_is_variable, targets(eqn)))
+        if any(v in found for v in eqn.outvars):
+            found.update(filter(_is_variable, eqn.invars))
+    return tuple(v in found for v in jaxpr.invars)
+
+
+def _is_variable(v):
+    return not isinstance(v, _jax.Literal)
+
+
+def _deciding(eqn):
+    """The operands that say whether a loop ends."""
+    if not _jax.has_primitive(eqn, "while"):
+        return []
+    if eqn.primitive.name != "while":
+        return eqn.invars
+    cond_consts, body_consts, init = _jax.split_while(eqn.params, eqn.invars)
+    cond, body = (_jax.open_jaxpr(eqn.params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
+    in_cond = _reaching(cond, _deciding, cond.outvars)
+    carries = in_cond[len(cond_consts) :]
+    while True:
+        outs = [v for v, decides in zip(body.outvars, carries, strict=True) if decides]
+        in_body = _reaching(body, _deciding, outs)
+        new = tuple(a or b for a, b in zip(carries, in_body[len(body_consts) :], strict=True))
+        if new == carries:
+            break
+        carries = new
+    flags = (*in_cond[: len(cond_consts)], *in_body[: len(body_consts)], *carries)
+    operands = (*cond_consts, *body_consts, *init)
+    return [v for v, decides in zip(operands, flags, strict=True) if decides]
 
 
 # --- One lane's values -----------------------------------------------------------------------------
 
 
-def _batch_fill(axis_data, args, dims, *, keeps_axes):
+def _batch_fill(axis_data, args, dims, *, keeps_axes, filled):
     (mask, *values), (mask_dim, *value_dims) = args, dims
+    params = {"keeps_axes": keeps_axes, "filled": filled}
     if mask_dim is None:
-        return fill_p.bind(mask, *values, keeps_axes=keeps_axes), value_dims
-    which = lax.argmax(mask, 0, np.uint32)
-    out, shared = list(values), []
-    for k, (x, dim) in enumerate(zip(values, value_dims, strict=True)):
-        if dim is None:
-            shared.append(k)
-        elif x.dtype != jax.dtypes.float0:
-            one = lax.stop_gradient(_jax.take_lane(x, which, dim))
-            others = _jax.broadcast_like(one, [a for a in range(x.ndim) if a != dim], x)
-            lanes = _jax.broadcast_like(mask, [dim], x)
-            out[k] = (keep_p.bind if keeps_axes[k] else lax.select)(lanes, x, others)
-    if shared:  # by these lanes, but not by those of an outer vmap
-        any_lane, keeps = lax.reduce_or(mask, (0,)), tuple(keeps_axes[k] for k in shared)
-        same = fill_p.bind(any_lane, *[values[k] for k in shared], keeps_axes=keeps)
+        return fill_p.bind(mask, *values, **params), value_dims
+    out = fill_lanes_p.bind(mask, *values, axes=tuple((d,) for d in value_dims), **params)
+    # What these lanes share may be the own of an outer vmap's.
+    if shared := [k for k, d in enumerate(value_dims) if d is None]:
+        params = {name: tuple(flags[k] for k in shared) for name, flags in params.items()}
+        same = fill_p.bind(lax.reduce_or(mask, (0,)), *[out[k] for k in shared], **params)
         for k, x in zip(shared, same, strict=True):
             out[k] = x
     return out, value_dims
 
 
 def _jvp_of_fill(primals, tangents, **params):
-    return fill_p.bind(*primals, **params), tangents[1:]
+    return fill_p.bind(*primals, **params), list(tangents[1:])
 
 
-# --- The lanes' values -----------------------------------------------------------------------------
+# --- All lanes' values -----------------------------------------------------------------------------
 
 
-def _batch_keep(axis_data, args, dims):
-    (mask, x, others), (mask_dim, x_dim, others_dim) = args, dims
-    if x_dim is not None:
-        mask, others = (
-            _jax.move_axis(axis_data, a, d, x_dim)
-            for a, d in ((mask, mask_dim), (others, others_dim))
-        )
-        return keep_p.bind(mask, x, others), x_dim
-    # Lanes of this level share `x`: some of them may take the branch.
+def _fill_lanes(mask, *values, axes, filled, **_):
+    return [
+        _fill_array(_mask_of(mask, a), x, a)
+        if f and a[0] is not None and x.size and x.dtype != jax.dtypes.float0
+        else x
+        for x, a, f in zip(values, axes, filled, strict=True)
+    ]
+
+
+def _mask_of(mask, axes):
+    """The mask over the axes that a value has."""
+    missing = [k for k, a in enumerate(axes) if a is None]
+    return lax.reduce_or(mask, missing) if missing else mask
+
+
+def _fill_array(mask, x, axes):
+    axes = tuple(a for a in axes if a is not None)
+    if len(axes) == 1:
+        (lanes,) = axes
+        one = _jax.take_lane(x, lax.argmax(mask, 0, np.uint32), lanes)
+        others = _jax.broadcast_like(one, [a for a in range(x.ndim) if a != lanes], x)
+        return lax.select(_like(mask, axes, x), x, others)
+    # Each lane of the outermost vmap by itself.
+    rest = tuple(a - (a > axes[-1]) for a in axes[:-1])
+    alone = functools.partial(_fill_array, axes=rest)
+    return jax.vmap(alone, in_axes=(mask.ndim - 1, axes[-1]), out_axes=axes[-1])(mask, x)
+
+
+def _like(mask, axes, x):
+    """The mask over `x`, of which it has these axes."""
+    order = sorted(range(mask.ndim), key=axes.__getitem__)
+    return _jax.broadcast_like(lax.transpose(mask, order), sorted(axes), x)
+
+
+def _batch_fill_lanes(axis_data, args, dims, *, axes, keeps_axes, **params):
+    (mask, *values), (mask_dim, *value_dims) = args, dims
+    new_axes = []
+    for k, (x, dim) in enumerate(zip(values, value_dims, strict=True)):
+        own = axes[k]
+        if mask_dim is not None and dim is None and own[0] is not None and not keeps_axes[k]:
+            values[k], value_dims[k] = _jax.move_to_front(axis_data, x, None), 0
+        dim = value_dims[k]
+        if dim is not None:
+            own = tuple(a if a is None else a + (a >= dim) for a in own)
+        new_axes.append(own if mask_dim is None else (*own, dim))
     if mask_dim is not None:
-        every = [k for k in range(mask.ndim) if k != mask_dim]
-        taking = lax.argmax(lax.reduce_or(mask, every), 0, np.uint32)
-        mask = lax.reduce_or(mask, (mask_dim,))
-        if others_dim is not None:
-            others = _jax.take_lane(others, taking, others_dim)
-    return keep_p.bind(mask, x, others), None
+        mask = _jax.move_axis(axis_data, mask, mask_dim, mask.ndim - 1)
+    out = fill_lanes_p.bind(mask, *values, axes=tuple(new_axes), keeps_axes=keeps_axes, **params)
+    return out, value_dims
 
 
-def _jvp_of_keep(primals, tangents):
-    (mask, x, others), (_, t, _) = primals, tangents
-    if type(t) is not _jax.Zero:
-        t = lax.select(mask, t, lax.full_like(t, 0))
-    return keep_p.bind(mask, x, others), t
+def _only_lanes(mask, t, axes):
+    """A tangent, of the lanes that take the branch."""
+    if axes[0] is None or type(t) is _jax.Zero:
+        return t
+    own = tuple(a for a in axes if a is not None)
+    return lax.select(_like(_mask_of(mask, axes), own, t), t, lax.full_like(t, 0))
+
+
+def _jvp_of_fill_lanes(primals, tangents, *, axes, filled, **params):
+    mask, *values = primals
+    out = fill_lanes_p.bind(mask, *values, axes=axes, filled=(True,) * len(filled), **params)
+    return out, [_only_lanes(mask, t, a) for t, a in zip(tangents[1:], axes, strict=True)]
 
 
 def install() -> None:
-    fill_p.def_impl(lambda mask, *values, keeps_axes: list(values))
-    fill_p.def_abstract_eval(lambda mask, *values, keeps_axes: list(values))
+    same = lambda mask, *values, **_: list(values)
+    fill_p.def_impl(same)
+    fill_p.def_abstract_eval(same)
     _jax.define_batching(fill_p, _batch_fill)
     _jax.define_jvp(fill_p, _jvp_of_fill)
-    _jax.define_lowering(fill_p, lambda ctx, mask, *values, keeps_axes: list(values))
-    keep_p.def_impl(lax.select)
-    keep_p.def_abstract_eval(lambda mask, x, others: x)
-    _jax.define_batching(keep_p, _batch_keep)
-    _jax.define_jvp(keep_p, _jvp_of_keep)
-    _jax.define_lowering(keep_p, _jax.lowering_of(lax.select))
+    _jax.define_lowering(fill_p, lambda ctx, mask, *values, **_: list(values))
+    fill_lanes_p.def_impl(_fill_lanes)
+    fill_lanes_p.def_abstract_eval(same)
+    _jax.define_batching(fill_lanes_p, _batch_fill_lanes)
+    _jax.define_jvp(fill_lanes_p, _jvp_of_fill_lanes)
+    _jax.define_lowering(fill_lanes_p, _jax.lowering_of(_fill_lanes))

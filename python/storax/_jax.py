@@ -390,6 +390,21 @@ def has_primitive(eqn: Any, *names: str) -> bool:
     )
 
 
+def has_collective(*jaxprs: Any) -> bool:
+    """Whether lanes, or devices, learn of each other in a jaxpr: `psum` and the like."""
+    return any(map(_is_collective, (e for j in jaxprs for e in open_jaxpr(j).eqns)))
+
+
+def _is_collective(eqn: Any) -> bool:
+    if eqn.primitive.name in ("axis_index", "shard_map"):  # the latter's axes are its own
+        return False
+    if inner := inner_jaxprs(eqn):
+        return has_collective(*inner)
+    # `ppermute` and some others have no effect.
+    named = any(isinstance(e, _core.NamedAxisEffect) for e in eqn.effects)
+    return named or "axis_name" in eqn.params
+
+
 @contextlib.contextmanager
 def equation_context(eqn: Any) -> Iterator[None]:
     """Where an equation is evaluated again: under its own name scopes and configuration."""
@@ -534,8 +549,8 @@ def define_lowering(primitive: Any, rule: Callable[..., Any], platform: str | No
 
 
 def lowering_of(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A rule that lowers as a traceable function of a single result."""
-    return _mlir.lower_fun(f, multiple_results=False)
+    """A rule that lowers as a traceable function of several results."""
+    return _mlir.lower_fun(f, multiple_results=True)
 
 
 def lower_inline(
@@ -664,6 +679,16 @@ def move_to_front(axis_data: Any, x: Any, axis: int | None) -> Any:
 def move_axis(axis_data: Any, x: Any, source: int | None, target: int | None) -> Any:
     """`x` with its batch axis moved from `source` to `target`; broadcast if it has none."""
     return _batching.matchaxis(axis_data, source, target, x)
+
+
+def spread_lanes(axis_data: Any, x: Any) -> Any:
+    """`x`, which is batched along its first axis, spread over the Explicit mesh that lanes are."""
+    name, sharding = axis_data.explicit_mesh_axis, _core.typeof(x).sharding
+    if name is None or sharding.spec[0] is not None:
+        return x
+    spec = jax.sharding.PartitionSpec(name, *sharding.spec[1:])
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
 
 
 def take_lane(x: Any, lane: Any, axis: int) -> Any:

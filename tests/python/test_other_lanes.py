@@ -165,12 +165,16 @@ def test_derivatives_by_what_lanes_share_of_a_state(how):
 
 
 @pytest.mark.parametrize("how", DERIVATIVES)
-def test_derivatives_by_what_lanes_share_of_a_lanes_number(how):
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "checkpoint"]
+)
+def test_derivatives_by_what_lanes_share_of_a_lanes_number(wrap, how):
     index, derive = counter(), DERIVATIVES[how]
+    number = wrap(lambda w: log(w, lax.axis_index("lanes").astype(jnp.float32)))
 
     def taken(w):
         add_one(index)
-        return log(w, lax.axis_index("lanes").astype(jnp.float32))
+        return number(w)
 
     f = lambda w, x: lax.cond(x > 0, taken, lambda w: w, w)
     in_lanes = lambda w: jax.vmap(f, (None, 0), axis_name="lanes")(w, LANES).sum()
@@ -178,18 +182,30 @@ def test_derivatives_by_what_lanes_share_of_a_lanes_number(how):
     np.testing.assert_allclose(derive(in_lanes)(W), want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
-def test_no_nan_is_made(jit):
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("levels", [1, 2])
+def test_derivatives_where_no_lane_takes_the_branch(levels, place):
+    index, make = counter(), PLACES[place]
+    f = jax.vmap(make(log, lambda w: add_one(index)), (None, 0))
+    lanes = 0 * LANES
+    if levels == 2:
+        f, lanes = jax.vmap(f, (None, 0)), jnp.stack([lanes, LANES])
+    pure = make(log, lambda w: None)
+    for derive in (jax.grad, lambda f: jax.jit(jax.hessian(f))):
+        want = lane_by_lane(derive, pure, lanes.ravel())
+        np.testing.assert_allclose(derive(lambda w: f(w, lanes).sum())(W), want, rtol=1e-5)
+
+
+def test_no_lanes():
     index = counter()
 
-    def taken(x):
+    def taken(w, x):
         add_one(index)
-        return jnp.log(x) / x
+        return w * doubled(x)
 
-    f = jit(jax.vmap(lambda x: lax.cond(x > 0, taken, lambda x: x, x)))
-    with jax.debug_nans(True):
-        out = f(LANES)
-    np.testing.assert_allclose(out, [0, *[np.log(x) / x for x in LANES[1:]]], rtol=1e-6)
+    f = lambda w, x: lax.cond(x > 0, taken, lambda w, x: w, w, x)
+    none = jax.jit(jax.vmap(f, (None, 0)))(W, LANES[:0])
+    assert none.shape == (0,)
 
 
 # --- Loops ----------------------------------------------------------------------------------------
@@ -281,3 +297,81 @@ def test_nothing_hangs_that_the_lanes_one_by_one_would_not(name, levels, jit):
             [want, [want[0]] * 4],
         )
     np.testing.assert_array_equal(jit(in_lanes)(lanes), want)
+
+
+# --- Collectives ----------------------------------------------------------------------------------
+
+
+def total(x):
+    return lax.psum(x, "lanes")
+
+
+def neighbour(x):
+    return lax.ppermute(x, "lanes", [(k, (k + 1) % 4) for k in range(4)])
+
+
+def all_of(x):
+    return lax.all_gather(x, "lanes").sum() + x
+
+
+def collective_in_branch(add, talk):
+    return lambda x: lax.cond(x > 1, lambda: (add(x), talk(x * 2))[1], lambda: x)
+
+
+def collective_in_scan(add, talk):
+    scan = lambda x: lax.scan(lambda c, _: ((add(x), talk(c))[1], None), x, None, length=2)[0]
+    return lambda x: lax.cond(x > 1, scan, lambda x: x, x)
+
+
+def collective_after_a_branch(add, talk):
+    def taken(x):
+        y = lax.cond(x > 2, lambda x: (add(x), x * 3)[1], lambda x: x + 1, x)
+        return talk(y)
+
+    return lambda x: lax.cond(x > 1, taken, lambda x: x, x)
+
+
+def collective_of_a_state(add, talk):
+    return lambda x: lax.cond(x > 1, lambda: talk(add(x) + x), lambda: x)
+
+
+def collective_in_loop(add, talk):
+    """The inner loop ends in any lane."""
+
+    def step(carry):
+        k, x = carry
+        y = lax.while_loop(lambda v: v < 4, lambda v: v + 1, x)
+        return k + 1, talk((add(x), y)[1] + k) / 8
+
+    return lambda x: lax.while_loop(lambda c: c[0] < x, step, (0.0, x))[1]
+
+
+COLLECTIVES = [
+    collective_in_branch,
+    collective_in_scan,
+    collective_after_a_branch,
+    collective_of_a_state,
+    collective_in_loop,
+]
+
+
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("talk", [total, neighbour, all_of])
+@pytest.mark.parametrize("make", COLLECTIVES)
+def test_a_collective_is_of_what_all_lanes_have(make, talk, levels, jit):
+    """As without state: whether a lane takes the branch is for the lane to know."""
+    index = storax.StateIndex()
+
+    def add(x):
+        seen = storax.get_state(index, 0 * x)
+        storax.set_state(index, lax.stop_gradient(seen + 0 * x))
+        return seen
+
+    def in_lanes(f, **kwargs):
+        return jax.vmap(jax.vmap(f) if levels == 2 else f, **kwargs)
+
+    x = LANES if levels == 1 else jnp.stack([LANES, LANES[::-1] + 1], 1)
+    in_lanes(lambda x: storax.set_state(index, 9 * x))(x)
+    run = lambda add: jit(in_lanes(make(add, talk), axis_name="lanes"))(x)
+    np.testing.assert_array_equal(run(add), run(lambda x: 9 * x))

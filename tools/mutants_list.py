@@ -113,6 +113,26 @@ MUTANTS = [
         "if new is None and eqn.primitive is remat and has_state(eqn):",
         "unused",
     ),
+    _never(
+        "runs a branch that devices wait for each other in",
+        "_control_flow.py",
+        "if _jax.has_collective(branch) and (pure or _jax.manual_mesh_axes()):",
+        "devices -k collectives_in_a_mask",
+    ),
+    Mutant(
+        "what devices share is summed where not all are",
+        "_control_flow.py",
+        "    operands = [_jax.make_varying(x, varying) for x in operands]\n",
+        "",
+        "devices -k share_in_a_mask",
+    ),
+    Mutant(
+        "a value is made to vary twice",
+        "_control_flow.py",
+        "has_primitive(eqn, *_OWN, _jax.PVARY, *_jax.RULES)",
+        "has_primitive(eqn, *_OWN, *_jax.RULES)",
+        "devices -k share_in_a_mask",
+    ),
     Mutant(
         "nothing is known of a nested mesh",
         "_jax.py",
@@ -407,8 +427,8 @@ MUTANTS = [
     Mutant(
         "other lanes get their own number in a jit",
         "_control_flow.py",
-        "_jax.has_primitive(eqn, *_OWN, *_jax.RULES)",
-        "_jax.has_primitive(eqn, *_jax.RULES)",
+        "_jax.has_primitive(eqn, *_OWN, _jax.PVARY, *_jax.RULES)",
+        "_jax.has_primitive(eqn, _jax.PVARY, *_jax.RULES)",
         "other_lanes",
     ),
     Mutant(
@@ -797,8 +817,8 @@ MUTANTS = [
     Mutant(
         "rules within what shows no state are not masked",
         "_control_flow.py",
-        "if not (has_state or _jax.has_primitive(eqn, *_OWN, *_jax.RULES)):",
-        "if not (has_state or _jax.has_primitive(eqn, *_OWN)):",
+        "if not (has_state or _jax.has_primitive(eqn, *_OWN, _jax.PVARY, *_jax.RULES)):",
+        "if not (has_state or _jax.has_primitive(eqn, *_OWN, _jax.PVARY)):",
         "masked",
     ),
     # --- Stacked layers ---

@@ -87,7 +87,9 @@ def _masked_equation(eqn, ins, mask, fills):
     if eqn.primitive is get_p or eqn.primitive.name in _OWN:
         outs = _jax.bind_equation(eqn, ins)
         return fill(mask, outs) if fills else outs
-    if not (has_state or _jax.has_primitive(eqn, *_OWN, *_jax.RULES)):
+    if eqn.primitive.name == _jax.PVARY:
+        return [_jax.make_varying(x, frozenset(eqn.params["axes"])) for x in ins]
+    if not (has_state or _jax.has_primitive(eqn, *_OWN, _jax.PVARY, *_jax.RULES)):
         return _jax.bind_equation(eqn, ins)
     rule = _masked_rules.get(eqn.primitive.name)
     if rule is None and not has_state:
@@ -260,6 +262,9 @@ def _batch_masked_cond(axis_data, args, dims, *, params, fills=True):
 
 def _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, pure):
     out_dims = [0] * len(branch.out_avals)
+    # Or a derivative by what devices share is summed inside of the cond, which not all of them may take.
+    varying = _jax.varying_axes(jax.typeof(lanes))
+    operands = [_jax.make_varying(x, varying) for x in operands]
     ins, in_dims = [lanes, *operands], [0, *operand_dims]
 
     def one_lane(mask, *args):
@@ -270,9 +275,12 @@ def _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, 
 
     closed = _close(one_lane, _lane_avals(axis_data, ins, in_dims))
     run = _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
-    skip = _close(lambda *_: [_zeros(a) for a in run.out_avals], [jax.typeof(x) for x in ins])
-    taken = lax.convert_element_type(_any_lane(lanes), np.int32)
-    out = lax.cond_p.bind(taken, *ins, branches=(skip, run), **other)
+    if _jax.has_collective(branch) and (pure or _jax.manual_mesh_axes()):
+        out = _jax.call_jaxpr(run, *ins)  # other devices, which may take it, wait for this one
+    else:
+        skip = _close(lambda *_: [_zeros(a) for a in run.out_avals], [jax.typeof(x) for x in ins])
+        taken = lax.convert_element_type(_any_lane(lanes), np.int32)
+        out = lax.cond_p.bind(taken, *ins, branches=(skip, run), **other)
     return [_jax.spread_lanes(axis_data, x) for x in out]
 
 

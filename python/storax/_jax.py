@@ -379,6 +379,8 @@ def _holds_state(x: Any) -> bool:
     return False
 
 
+# Marks what is the same on all devices as differing from device to device.
+PVARY = "pvary"
 # Functions with rules of their own for derivatives.
 RULES = ("custom_jvp_call", "custom_vjp_call")
 

@@ -295,6 +295,63 @@ def test_inside_of_a_mask_on_a_state_that_lanes_share(vma):
         np.testing.assert_allclose(read(index, vma=vma), before + X)
 
 
+@pytest.mark.timeout(100, method="thread")  # XLA hears of no signal
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "checkpoint"]
+)
+@pytest.mark.parametrize("outside", [True, False])
+def test_derivatives_by_what_devices_share_in_a_mask(outside, wrap, vma):
+    """Not on every device is there a lane that takes the branch, and the derivative is summed over all."""
+    index = per_device(vma=vma)
+    lanes = np.array([0, 0, 1, 2, 0, 3, 4, 0], np.float32)
+    log = wrap(lambda w, x: w * jnp.log(x))
+
+    def in_lane(w, x):
+        def taken(w, x):
+            storax.set_state(index, get(index) + 1)
+            return log(w, x)
+
+        return lax.cond(x > 0, taken, lambda w, x: 0 * x, w, x)
+
+    def loss(w, x):
+        return lax.psum(jax.vmap(in_lane, (None, 0))(w, x).sum(), "i")
+
+    if outside:
+        f = jax.grad(shard(loss, in_specs=(P(), AXIS), out_specs=P(), check_vma=vma))
+    else:
+        f = shard(jax.grad(loss), in_specs=(P(), AXIS), out_specs=P(), check_vma=vma)
+    if not outside and not vma:
+        # Without the check JAX takes each device's own derivative of the sum for the whole.
+        return
+    np.testing.assert_allclose(jax.jit(f)(1.5, lanes), np.log(24), rtol=1e-6)
+    np.testing.assert_array_equal(read(index, vma=vma), [1, 3, 4, 5])
+
+
+@pytest.mark.timeout(100, method="thread")  # XLA hears of no signal
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+def test_collectives_in_a_mask(jit, beside, vma):
+    """Not on every device is there a lane that takes the branch, and the devices wait for each other."""
+    lanes = np.array([0, 0, 1, 2, 0, 3, 4, 0], np.float32)
+
+    def run(add):
+        def total(x):
+            return jax.nn.relu(lax.psum(x, "i") + 0 * x)
+
+        def taken(x):
+            add()
+            return x if beside else total(x)
+
+        other = total if beside else lambda x: 0 * x
+        in_lane = lambda x: lax.cond((x > 1) & (x < 4), taken, other, x)
+        return jit(shard(jax.vmap(in_lane), check_vma=vma))(lanes)
+
+    index = per_device(vma=vma)
+    add = lambda: storax.set_state(index, get(index) + 1)
+    np.testing.assert_array_equal(run(add), run(lambda: None))
+    np.testing.assert_array_equal(read(index, vma=vma), [1, 3, 4, 4])
+
+
 def test_partly_manual_is_refused():
     index = storax.StateIndex(name="partly")
     f = shard(

@@ -406,8 +406,8 @@ MUTANTS = [
     Mutant(
         "other lanes go through a branch with what they have",
         "_control_flow.py",
-        "operands = fill_operands(branch, mask, args) if fills else args",
-        "operands = args",
+        "        out = _masked_and_filled(branch, mask, args)",
+        "        out = masked(branch, mask, args, fills=True)",
         "other_lanes",
     ),
     Mutant(
@@ -441,14 +441,14 @@ MUTANTS = [
     Mutant(
         "other lanes go through a loop with what they have",
         "_control_flow.py",
-        "operands = fill_operands(jaxpr, mask, args) if fills else args",
-        "operands = args",
+        "            return _masked_and_filled(jaxpr, mask, args)",
+        "            return masked(jaxpr, mask, args, fills=True)",
         "other_lanes",
     ),
     Mutant(
         "an outer vmap does not know a branch for ours",
         "_control_flow.py",
-        "return fill(mask, out, filled=False) if pure and fills else out",
+        "return fill(mask, out, filled=False) if pure else out",
         "return out",
         "other_lanes",
     ),
@@ -462,8 +462,8 @@ MUTANTS = [
     Mutant(
         "what a loop goes by is not filled",
         "_guard.py",
-        "filled=_reaching(jaxpr, _deciding),",
-        "filled=(False,) * len(operands),",
+        "filled = _among(_reaching(jaxpr, _deciding), jaxpr.invars)",
+        "filled = (False,) * len(operands)",
         "other_lanes -k hangs",
     ),
     Mutant(
@@ -479,6 +479,20 @@ MUTANTS = [
         " and own[0] is not None and not keeps_axes[k]:",
         " and False:",
         "other_lanes -k lanes_of_lanes",
+    ),
+    Mutant(
+        "what state depends on is all that there is",
+        "_control_flow.py",
+        "args, for_state = fill_operands(jaxpr, mask, args)",
+        "args, for_state = [*fill_operands(jaxpr, mask, args)[1].values()], {}",
+        "other_lanes masked",
+    ),
+    Mutant(
+        "state depends on what has been filled by every vmap",
+        "_control_flow.py",
+        "            if any(v in into_state for v in eqn.outvars):",
+        "            if False:",
+        "other_lanes masked",
     ),
     Mutant(
         "derivatives of operands see every lane",

@@ -10,6 +10,7 @@ JAX's rules also move batch axes to the front. Wherever they do, levels are mark
 `storax::BatchLevel`. Control flow without state goes to JAX's own rules, untouched.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from . import _jax, _unknown_jax
-from ._guard import FILLED, fill, fill_operands
+from ._guard import FILLED, fill, fill_operands, reaching_state
 from ._masked_custom import mask_custom_jvp, mask_custom_vjp
 from ._primitives import get_p, set_masked_p
 
@@ -70,14 +71,35 @@ def masked(jaxpr: Any, mask: Any, args: Sequence[Any], *, fills: bool) -> list[A
     return _masked(_jax.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), mask, args, fills)
 
 
-def _masked(jaxpr, consts, mask, args, fills):
+def _masked_and_filled(jaxpr, mask, args):
+    """The same, and such a lane gets what another has of `args` too."""
+    args, for_state = fill_operands(jaxpr, mask, args)
+    consts = getattr(jaxpr, "consts", ())
+    return _masked(_jax.open_jaxpr(jaxpr), consts, mask, args, True, for_state)
+
+
+def _masked(jaxpr, consts, mask, args, fills, for_state=None):
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
+    env_of_state = dict(for_state or {})
+    own = collections.ChainMap(env_of_state, env)
+    into_state = reaching_state(jaxpr) if env_of_state else ()
+
+    def run(eqn, env):
         ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
         with eqn.ctx.manager:
             outs = _masked_equation(eqn, ins, mask, fills)
-        env.update(zip(eqn.outvars, outs, strict=True))
+        return zip(eqn.outvars, outs, strict=True)
+
+    for eqn in jaxpr.eqns:
+        if not any(not isinstance(v, _jax.Literal) and v in env_of_state for v in eqn.invars):
+            env.update(run(eqn, env))
+        elif _jax.has_state(eqn) or eqn.effects or _jax.has_primitive(eqn, *_jax.RULES):
+            env.update(run(eqn, own))
+        else:
+            if any(v in into_state for v in eqn.outvars):
+                env_of_state.update(run(eqn, own))
+            env.update(run(eqn, env))
     return [v.val if isinstance(v, _jax.Literal) else env[v] for v in jaxpr.outvars]
 
 
@@ -268,10 +290,11 @@ def _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, 
     ins, in_dims = [lanes, *operands], [0, *operand_dims]
 
     def one_lane(mask, *args):
-        operands = fill_operands(branch, mask, args) if fills else args
-        out = masked(branch, mask, operands, fills=fills)
+        if not fills:
+            return masked(branch, mask, args, fills=False)
+        out = _masked_and_filled(branch, mask, args)
         # By which an outer vmap knows it for ours.
-        return fill(mask, out, filled=False) if pure and fills else out
+        return fill(mask, out, filled=False) if pure else out
 
     closed = _close(one_lane, _lane_avals(axis_data, ins, in_dims))
     run = _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
@@ -325,8 +348,9 @@ def _batch_masked_while(axis_data, args, dims, *, params, fills=True):
     fills = fills and has_loop and not _jax.has_collective(cond, body)
 
     def run(jaxpr, mask, args):
-        operands = fill_operands(jaxpr, mask, args) if fills else args
-        return masked(jaxpr, mask, operands, fills=fills)
+        if fills:
+            return _masked_and_filled(jaxpr, mask, args)
+        return masked(jaxpr, mask, args, fills=False)
 
     def start(mask, *args):
         c, _, f, carry = split(args)

@@ -20,7 +20,7 @@ from jax import lax
 
 from . import _jax
 
-__all__ = ["FILLED", "fill", "fill_operands", "install"]
+__all__ = ["FILLED", "fill", "fill_operands", "install", "reaching_state"]
 
 # One lane's values, as they are, under the mask of whether the lane counts. Of each: whether it must keep
 # its batch axes, as state depends on it, and whether it is filled in any case.
@@ -40,15 +40,28 @@ def fill(mask: Any, values: Sequence[Any], filled: bool = True) -> list[Any]:
     return fill_p.bind(mask, *values, keeps_axes=(True,) * n, filled=(filled,) * n)
 
 
-def fill_operands(jaxpr: Any, mask: Any, operands: Sequence[Any]) -> list[Any]:
-    """The operands of a branch, or of a loop's body, in one lane."""
+def fill_operands(
+    jaxpr: Any, mask: Any, operands: Sequence[Any]
+) -> tuple[list[Any], dict[Any, Any]]:
+    """The operands of a branch, or of a loop's body, in one lane.
+
+    And, by the jaxpr's input, those that operations on state depend on, with no more batch axes than
+    they have: in nested vmaps that is not enough for everything else.
+    """
     jaxpr = _jax.open_jaxpr(jaxpr)
-    return fill_p.bind(
-        mask,
-        *operands,
-        keeps_axes=_reaching(jaxpr, lambda eqn: eqn.invars if _jax.has_state(eqn) else ()),
-        filled=_reaching(jaxpr, _deciding),
-    )
+    filled = _among(_reaching(jaxpr, _deciding), jaxpr.invars)
+    state = [v in reaching_state(jaxpr) for v in jaxpr.invars]
+    every = (False,) * len(operands)
+    out = fill_p.bind(mask, *operands, keeps_axes=every, filled=filled)
+    if not any(state):
+        return out, {}
+    keeps = fill_p.bind(mask, *operands, keeps_axes=(True,) * len(operands), filled=filled)
+    return out, {v: x for v, x, s in zip(jaxpr.invars, keeps, state, strict=True) if s}
+
+
+def reaching_state(jaxpr: Any) -> set[Any]:
+    """The variables of an open jaxpr that operations on state depend on."""
+    return _reaching(jaxpr, lambda eqn: eqn.invars if _jax.has_state(eqn) else ())
 
 
 # --- What depends on what --------------------------------------------------------------------------
@@ -56,14 +69,18 @@ def fill_operands(jaxpr: Any, mask: Any, operands: Sequence[Any]) -> list[Any]:
 
 def _reaching(
     jaxpr: Any, targets: Callable[[Any], Iterable[Any]], outs: Iterable[Any] = ()
-) -> tuple[bool, ...]:
-    """Which inputs these results depend on, or the given operands of an equation."""
+) -> set[Any]:
+    """The variables that these results depend on, or the given operands of an equation."""
     found = set(filter(_is_variable, outs))
     for eqn in reversed(jaxpr.eqns):
         found.update(filter(_is_variable, targets(eqn)))
         if any(v in found for v in eqn.outvars):
             found.update(filter(_is_variable, eqn.invars))
-    return tuple(v in found for v in jaxpr.invars)
+    return found
+
+
+def _among(found, variables):
+    return tuple(v in found for v in variables)
 
 
 def _is_variable(v):
@@ -78,11 +95,11 @@ def _deciding(eqn):
         return eqn.invars
     cond_consts, body_consts, init = _jax.split_while(eqn.params, eqn.invars)
     cond, body = (_jax.open_jaxpr(eqn.params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
-    in_cond = _reaching(cond, _deciding, cond.outvars)
+    in_cond = _among(_reaching(cond, _deciding, cond.outvars), cond.invars)
     carries = in_cond[len(cond_consts) :]
     while True:
         outs = [v for v, decides in zip(body.outvars, carries, strict=True) if decides]
-        in_body = _reaching(body, _deciding, outs)
+        in_body = _among(_reaching(body, _deciding, outs), body.invars)
         new = tuple(a or b for a, b in zip(carries, in_body[len(body_consts) :], strict=True))
         if new == carries:
             break

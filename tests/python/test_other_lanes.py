@@ -148,6 +148,39 @@ def test_derivatives_in_lanes_of_lanes(like, how):
     np.testing.assert_allclose(derive(both)(W), want, rtol=1e-5)
 
 
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("own", ["x", "y", "x and y"])
+@pytest.mark.parametrize("singular", ["derivative", "loop"])
+def test_what_a_state_of_some_levels_depends_on(singular, own):
+    """Where x > y, both are what some lane has that takes the branch, but not all pairs of them are."""
+    index = storax.StateIndex()
+    outer = jnp.array([0.0, 2.5])
+    like = {"x": lambda x, y: 0 * x, "y": lambda x, y: 0 * y, "x and y": lambda x, y: 0 * x + 0 * y}
+    in_lanes = lambda f: jax.vmap(lambda y: jax.vmap(lambda x: f(x, y))(LANES))(outer)
+
+    def f(add):
+        def taken(w, x, y):
+            add(x, y)
+            return log(w, doubled(x - y) if singular == "loop" else x - y)
+
+        return lambda w, x, y: lax.cond(x > y, taken, lambda w, x, y: w, w, x, y)
+
+    def add(x, y):
+        zero = like[own](x, y)
+        storax.set_state(index, storax.get_state(index, zero) + 1)
+
+    in_lanes(lambda x, y: storax.set_state(index, like[own](x, y)))
+    with_state, pure = f(add), f(lambda x, y: None)
+    run = jax.jit if singular == "loop" else lambda f: jax.jit(jax.grad(f))
+    got = run(lambda w: in_lanes(lambda x, y: with_state(w, x, y)).sum())(W)
+    want = sum(lane_by_lane(run, lambda w, x, y=y: pure(w, x, y)) for y in map(float, outer))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    state = in_lanes(lambda x, y: storax.get_state(index, like[own](x, y)))
+    takes = outer[:, None] < LANES
+    any_of = {"x": takes.any(0) * jnp.ones((2, 1)), "y": takes.any(1)[:, None] * jnp.ones(4)}
+    np.testing.assert_array_equal(state, any_of.get(own, takes))
+
+
 @pytest.mark.parametrize("how", DERIVATIVES)
 def test_derivatives_by_what_lanes_share_of_a_state(how):
     """Lanes that don't take the branch have a state of which log has no derivative."""

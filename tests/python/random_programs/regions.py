@@ -46,6 +46,8 @@ class Regions:
 
     def make_call(self, scope, deep):
         how = self.pick(CALLS + ("checkpoint",) * 4 * bool(scope.backward))
+        if how.startswith("custom_vjp") and scope.forward and scope.all_active:
+            how = "jit"  # JAX would take its arguments for differentiated, and it has no such derivative
         custom = how.startswith("custom")
         inner = scope.custom(how) if custom else scope
         closes_over = not custom and self.flag()

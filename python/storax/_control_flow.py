@@ -79,6 +79,7 @@ def _masked_and_filled(jaxpr, mask, args):
 
 
 def _masked(jaxpr, consts, mask, args, fills, for_state=None):
+    """`for_state` are other values of some inputs, for what leads to operations on state."""
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     env_of_state = dict(for_state or {})
@@ -95,7 +96,7 @@ def _masked(jaxpr, consts, mask, args, fills, for_state=None):
         if not any(not isinstance(v, _jax.Literal) and v in env_of_state for v in eqn.invars):
             env.update(run(eqn, env))
         elif _jax.has_state(eqn) or eqn.effects or _jax.has_primitive(eqn, *_jax.RULES):
-            env.update(run(eqn, own))
+            env.update(run(eqn, own))  # once: what it does is to happen once
         else:
             if any(v in into_state for v in eqn.outvars):
                 env_of_state.update(run(eqn, own))

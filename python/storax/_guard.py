@@ -43,20 +43,20 @@ def fill(mask: Any, values: Sequence[Any], filled: bool = True) -> list[Any]:
 def fill_operands(
     jaxpr: Any, mask: Any, operands: Sequence[Any]
 ) -> tuple[list[Any], dict[Any, Any]]:
-    """The operands of a branch, or of a loop's body, in one lane.
+    """The operands of a branch, or of a loop's body, in one lane; and those for state, by their variable.
 
-    And, by the jaxpr's input, those that operations on state depend on, with no more batch axes than
-    they have: in nested vmaps that is not enough for everything else.
+    The latter keep the batch axes they have. For the rest that is not enough in nested vmaps, where a lane
+    may take the branch with each of two operands, and none with both.
     """
     jaxpr = _jax.open_jaxpr(jaxpr)
     filled = _among(_reaching(jaxpr, _deciding), jaxpr.invars)
-    state = [v in reaching_state(jaxpr) for v in jaxpr.invars]
-    every = (False,) * len(operands)
-    out = fill_p.bind(mask, *operands, keeps_axes=every, filled=filled)
-    if not any(state):
+    into_state = reaching_state(jaxpr)
+    n = len(operands)
+    out = fill_p.bind(mask, *operands, keeps_axes=(False,) * n, filled=filled)
+    if into_state.isdisjoint(jaxpr.invars):
         return out, {}
-    keeps = fill_p.bind(mask, *operands, keeps_axes=(True,) * len(operands), filled=filled)
-    return out, {v: x for v, x, s in zip(jaxpr.invars, keeps, state, strict=True) if s}
+    keeps = fill_p.bind(mask, *operands, keeps_axes=(True,) * n, filled=filled)
+    return out, {v: x for v, x in zip(jaxpr.invars, keeps, strict=True) if v in into_state}
 
 
 def reaching_state(jaxpr: Any) -> set[Any]:

@@ -809,8 +809,9 @@ def wrap_check_of_while(make: Callable[[dict[str, Any], Sequence[Any]], list[Any
     def check_made(*args, **params):
         if not has_state(params["cond_jaxpr"]):
             return check(*args, **params)
-        operands = args[-params["cond_nconsts"] - len(params["body_jaxpr"].in_avals) :]
-        *context, error, enabled = args[: -len(operands)]  # a context since 0.11
+        first = len(args) - params["cond_nconsts"] - len(params["body_jaxpr"].in_avals)
+        *context, error, enabled = args[:first]  # a context since 0.11
+        operands = args[first:]
         jaxpr = jax.make_jaxpr(lambda *operands: make(params, operands))(*operands)
         return checkify.checkify_jaxpr(*context, jaxpr, enabled, error, *operands)
 

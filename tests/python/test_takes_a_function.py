@@ -609,6 +609,10 @@ def test_checkify_of_a_condition_with_state(f, jit):
 
     error, out = f.runs(5, jit(checkify.checkify(loop)), 1)
     assert out == 4 and "3 is too much" in error.get()
+    # And with nothing to hand on.
+    state_only = lambda: lax.while_loop(lambda _: f(ONE) < 10, lambda _: (), ())
+    error, _ = f.runs(3, jit(checkify.checkify(state_only)))
+    assert error.get() is None
 
 
 def test_a_python_number_that_a_checkpointed_loop_closes_over(f):

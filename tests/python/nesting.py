@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 import storax
+from random_programs.runner import CALLS
 
 START, X = 2.0, 0.7
 # cond and switch take the branch with state above this, and while goes on.
@@ -48,18 +49,6 @@ def count_shared(index, x):
 BASES = {"count": count, "data": count_with_data, "shared": count_shared}
 
 
-def _custom_jvp(f):
-    g = jax.custom_jvp(f)
-    g.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
-    return g
-
-
-def _custom_vjp(f):
-    g = jax.custom_vjp(f)
-    g.defvjp(lambda x: jax.vjp(f, x), lambda pullback, ct: pullback(ct))
-    return g
-
-
 def _while(f):
     goes_on = lambda c: (c[0] == 0) | ((c[0] < 2) & (c[1] > THRESHOLD))
     return lambda x: lax.while_loop(goes_on, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
@@ -85,8 +74,8 @@ WRAPPERS = {
     "fori": lambda f: lambda x: lax.fori_loop(0, 2, lambda i, c: f(c), x),
     "while": _while,
     "vmap": lambda f: lambda x: jax.vmap(f)(x * LANES).sum(),
-    "custom_jvp": _custom_jvp,
-    "custom_vjp": _custom_vjp,
+    "custom_jvp": CALLS["custom_jvp"],
+    "custom_vjp": CALLS["custom_vjp"],
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import storax
+from random_programs.runner import CALLS
 
 W = 1.5
 # Where a lane's number is 0, log has no derivative, and doubling never gets anywhere.
@@ -35,18 +36,6 @@ def _in_scan(f):
     return lambda w, x: lax.scan(lambda c, _: (c + f(w, x), None), 0.0, None, length=2)[0]
 
 
-def _with_rule(f):
-    g = jax.custom_jvp(f)
-    g.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
-    return g
-
-
-def _with_pullback(f):
-    g = jax.custom_vjp(f)
-    g.defvjp(lambda *args: jax.vjp(f, *args), lambda pullback, ct: pullback(ct))
-    return g
-
-
 def log(w, x):
     return w * w * jnp.log(x)
 
@@ -57,8 +46,8 @@ FUNCTIONS = {
     "in a scan": _in_scan(log),
     "in a jit": jax.jit(log),
     "in a checkpoint": jax.checkpoint(log),
-    "in a custom_jvp": _with_rule(log),
-    "in a custom_vjp": _with_pullback(log),
+    "in a custom_jvp": CALLS["custom_jvp"](log),
+    "in a custom_vjp": CALLS["custom_vjp"](log),
     "in a branch of a branch": lambda w, x: lax.cond(x > 1, log, lambda w, x: w, w, x),
 }
 
@@ -247,9 +236,6 @@ def test_no_lanes():
 def doubled(x):
     """Until it is 4 or more."""
     return lax.while_loop(lambda v: v < 4, lambda v: v * 2, x)
-
-
-DOUBLED = [0, 4, 4, 6]
 
 
 def branch_with_loop(add):

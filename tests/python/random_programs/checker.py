@@ -56,7 +56,15 @@ def _hoisted(**form):
 
 
 def _ahead_of_time(f, options):
-    return lambda *args: jax.jit(f).lower(*args).compile(options)(*args)
+    """Compiled for the first arguments, and called with all."""
+    compiled = []
+
+    def run(*args):
+        if not compiled:
+            compiled.append(jax.jit(f).lower(*args).compile(options))
+        return compiled[0](*args)
+
+    return run
 
 
 def _shard_map(f, options):

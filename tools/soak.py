@@ -37,15 +37,13 @@ if JAX.startswith("0.10."):
 # --- A process that runs some programs ------------------------------------------------------------
 
 
-def run_batch(seed: int, first: int, last: int) -> None:
+def run_batch(seed: int, first: int, last: int, singular: bool) -> None:
     """Runs programs `first` to `last` - 1 and prints a line of JSON before and after each."""
-    import random_programs.checker as checker
-    from random_programs.shrink import shrink
-
+    check, check_again, shrink = _singular() if singular else _whole_numbers()
     for number in range(first, last):
         tell(number=number, status="started")
-        program = program_of(seed, number)
-        problems = checker.check(program, names=checker.sample(number))
+        program = program_of(seed, number, singular)
+        problems = check(program, number)
         if not problems:
             tell(number=number, status="passed")
             continue
@@ -56,19 +54,41 @@ def run_batch(seed: int, first: int, last: int) -> None:
         def fails(smaller, way=way, end=end, problem=problem):
             if time.monotonic() > end:
                 return False
-            found = checker.check_way(smaller, way)
+            found = check_again(smaller, way)
             return bool(found) and found[:30] == problem[:30]
 
         smaller = shrink(program, fails)
-        report = f"{smaller}\n\n{way}: {checker.check_way(smaller, way)}\n"
+        report = f"{smaller}\n\n{way}: {check_again(smaller, way)}\n"
         tell(number=number, status="failed", report=f"{report}Fails in: {', '.join(problems)}.")
+
+
+def _whole_numbers():
+    import random_programs.checker as checker
+    from random_programs.shrink import shrink
+
+    check = lambda program, number: checker.check(program, names=checker.sample(number))
+    return check, checker.check_way, shrink
+
+
+def _singular():
+    from random_programs.singular import check, shrink
+
+    def check_all(program, _):
+        problem = check(program)
+        return {program.jit: problem} if problem else {}
+
+    return check_all, lambda program, _: check(program), shrink
 
 
 def tell(**what) -> None:
     print(json.dumps(what), flush=True)
 
 
-def program_of(seed: int, number: int):
+def program_of(seed: int, number: int, singular: bool):
+    if singular:
+        from random_programs import singular as made
+
+        return made.random_program(f"{seed}/{number}")
     from random_programs.interpreter import RUNS, Interpreter, TooLarge
     from random_programs.programs import random_program
 
@@ -89,9 +109,10 @@ def program_of(seed: int, number: int):
 
 
 class Soak:
-    def __init__(self, seed: int, programs: int, first: int):
-        self.seed, self.programs = seed, programs
-        self.done = os.path.join(ROOT, "build", "soak", f"jax-{JAX}-seed-{seed}.txt")
+    def __init__(self, seed: int, programs: int, first: int, singular: bool):
+        self.seed, self.programs, self.singular = seed, programs, singular
+        kind = "-singular" * singular
+        self.done = os.path.join(ROOT, "build", "soak", f"jax-{JAX}{kind}-seed-{seed}.txt")
         os.makedirs(os.path.dirname(self.done), exist_ok=True)
         self.passed = self.failed = 0
         before = {}
@@ -137,8 +158,9 @@ class Soak:
         flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
         if first // BATCH % 10 != 9:
             flags += " " + QUICK
+        args = ["--batch", str(first), str(last), "--seed", str(self.seed)]
         process = subprocess.Popen(
-            [sys.executable, __file__, "--batch", str(first), str(last), "--seed", str(self.seed)],
+            [sys.executable, __file__, *args, *["--singular"] * self.singular],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
@@ -164,7 +186,7 @@ class Soak:
         what = f"took more than {LIMIT} s" if hung else f"ended with {process.returncode}"
         report = f"The process {what}.\n{''.join(errors[-20:])}"
         if number < last:
-            report = f"{program_of(self.seed, number)}\n\n{report}"
+            report = f"{program_of(self.seed, number, self.singular)}\n\n{report}"
         self.fail(number, report)
         return number + 1
 
@@ -191,13 +213,16 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first program")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--singular", action="store_true", help="programs that only lanes that take a branch stand"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--batch", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.batch:
-        run_batch(args.seed, *args.batch)
+        run_batch(args.seed, *args.batch, args.singular)
         return
-    soak = Soak(args.seed, args.programs, args.first)
+    soak = Soak(args.seed, args.programs, args.first, args.singular)
     threads = [threading.Thread(target=soak.work) for _ in range(args.workers)]
     for t in threads:
         t.start()

@@ -71,11 +71,11 @@ def masked(jaxpr: Any, mask: Any, args: Sequence[Any], *, fills: bool) -> list[A
     return _masked(_jax.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), mask, args, fills)
 
 
-def _masked_and_filled(jaxpr, mask, args):
-    """The same, and such a lane gets what another has of `args` too."""
-    args, for_state = fill_operands(jaxpr, mask, args)
+def _masked_and_filled(jaxpr, mask, args, fills=True):
+    """The same, and such a lane gets what another has of `args` too; or else has no derivative by them."""
+    args, for_state = fill_operands(jaxpr, mask, args, own_values=not fills)
     consts = getattr(jaxpr, "consts", ())
-    return _masked(_jax.open_jaxpr(jaxpr), consts, mask, args, True, for_state)
+    return _masked(_jax.open_jaxpr(jaxpr), consts, mask, args, fills, for_state)
 
 
 def _masked(jaxpr, consts, mask, args, fills, for_state=None):
@@ -93,12 +93,13 @@ def _masked(jaxpr, consts, mask, args, fills, for_state=None):
         return zip(eqn.outvars, outs, strict=True)
 
     for eqn in jaxpr.eqns:
+        leads = any(v in into_state for v in eqn.outvars)
         if not any(not isinstance(v, _jax.Literal) and v in env_of_state for v in eqn.invars):
             env.update(run(eqn, env))
-        elif _jax.has_state(eqn) or eqn.effects or _jax.has_primitive(eqn, *_jax.RULES):
+        elif _jax.has_state(eqn) or _jax.rules_have_state(eqn) or (leads and _jax.acts(eqn)):
             env.update(run(eqn, own))  # once: what it does is to happen once
         else:
-            if any(v in into_state for v in eqn.outvars):
+            if leads:
                 env_of_state.update(run(eqn, own))
             env.update(run(eqn, env))
     return [v.val if isinstance(v, _jax.Literal) else env[v] for v in jaxpr.outvars]
@@ -156,9 +157,12 @@ def _mask_jit(params, ins, mask, fills):
 
 
 def _mask_checkpoint(params, ins, mask, fills):
+    prevent_cse = params["prevent_cse"]
+    if isinstance(prevent_cse, tuple):  # for each operand
+        prevent_cse = (True, *prevent_cse)
     inner = jax.checkpoint(
         lambda mask, *args: masked(params["jaxpr"], mask, args, fills=fills),
-        prevent_cse=params["prevent_cse"],
+        prevent_cse=prevent_cse,
         policy=params["policy"],
     )
     return inner(mask, *ins)
@@ -223,6 +227,24 @@ def _has_primitive(jaxpr, *names):
     return any(_jax.has_primitive(e, *names) for e in _jax.open_jaxpr(jaxpr).eqns)
 
 
+def _refuse_what_acts(kind, *jaxprs):
+    """What acts on more than values acts for all lanes; JAX doesn't let it into a branch either."""
+    what = _jax.acts_for_all_lanes(*jaxprs)
+    if what is None:
+        return
+    name, instead = {
+        "ref": (
+            "a `jax.Ref`",
+            "or keep what it holds in a StateIndex, or pass it along as a value.",
+        ),
+        "io": ("an `io_callback`", "or use `jax.debug.callback`, which is for all lanes."),
+    }[what]
+    raise NotImplementedError(
+        f"storax: {name} in a {kind} with state, whose predicate is batched by `jax.vmap`, would also act "
+        f"for the lanes that don't run the {kind}. Move it out of the {kind}, {instead}"
+    )
+
+
 def _any_lane(mask):
     return lax.reduce_or(mask, (0,))
 
@@ -248,9 +270,10 @@ def _common_out_axes(axis_data, jaxprs, in_dims):
 
 
 def _batch_masked_cond(axis_data, args, dims, *, params, fills=True):
-    axis_data = _jax.as_moved(axis_data)
+    axis_data = _jax.as_masked(_jax.as_moved(axis_data))
     (mask, index, *operands), (mask_dim, index_dim, *operand_dims) = args, dims
     branches = params["branches"]
+    _refuse_what_acts("branch", *branches)
     other = {k: v for k, v in params.items() if k != "branches"}
     # What lanes learn of each other is the same whether or not they take the branch.
     fills = fills and not _jax.has_collective(*branches)
@@ -291,11 +314,9 @@ def _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, 
     ins, in_dims = [lanes, *operands], [0, *operand_dims]
 
     def one_lane(mask, *args):
-        if not fills:
-            return masked(branch, mask, args, fills=False)
-        out = _masked_and_filled(branch, mask, args)
+        out = _masked_and_filled(branch, mask, args, fills)
         # By which an outer vmap knows it for ours.
-        return fill(mask, out, filled=False) if pure else out
+        return fill(mask, out, filled=False) if pure and fills else out
 
     closed = _close(one_lane, _lane_avals(axis_data, ins, in_dims))
     run = _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
@@ -310,16 +331,17 @@ def _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, 
 
 def _batch_masked_while(axis_data, args, dims, *, params, fills=True):
     mask, mask_dim = args[0], dims[0]
-    axis_data = _jax.as_moved(axis_data)
+    axis_data = _jax.as_masked(_jax.as_moved(axis_data))
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
     cond_consts, body_consts, init = _jax.split_while(params, args[1:])
     cond_dims, body_dims, init_dims = _jax.split_while(params, dims[1:])
 
     carry_dims = _batched_carry(axis_data, body, body_dims, init_dims)
     (pred_dim,) = _jax.batched_out_axes(cond, axis_data, [*cond_dims, *carry_dims])
+    if pred_dim is None and mask is None:
+        return None  # JAX's own rule is right
+    _refuse_what_acts("loop", cond, body)
     if pred_dim is None:
-        if mask is None:
-            return None  # JAX's own rule is right
         return _while_in_step(axis_data, args, dims, params, carry_dims, fills)
 
     # Carries that the body returns as they came are not the lanes' own: they may stay unbatched.
@@ -479,7 +501,7 @@ def _wrap_cond(original):
 def _parts_lanes_with_rules(axis_data, args, dims, params):
     """Whether the lanes of a pure loop end at different times, with custom rules in it."""
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
-    if not any(_has_primitive(j, *_jax.RULES) for j in (cond, body)):
+    if not any(_has_primitive(j, *_jax.RULES, _jax.CUSTOM_VMAP) for j in (cond, body)):
         return False
     cond_dims, body_dims, init_dims = _jax.split_while(params, dims)
     carry_dims = _batched_carry(axis_data, body, body_dims, init_dims)

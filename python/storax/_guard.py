@@ -8,6 +8,9 @@ and what a get or set depends on must keep its own, as they are part of the stat
 other lanes get what a lane has that takes the branch: of operands, of states, of the lane's number.
 
 That takes a copy, so operands are filled only where loops go by them, or once they are differentiated.
+
+With a collective in the branch, the other lanes' own values count for those that take it. Then operands
+stay what they are, and their derivative is stopped in the other lanes, as in JAX.
 """
 
 import functools
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -23,7 +27,8 @@ from . import _jax
 __all__ = ["FILLED", "fill", "fill_operands", "install", "reaching_state"]
 
 # One lane's values, as they are, under the mask of whether the lane counts. Of each: whether it must keep
-# its batch axes, as state depends on it, and whether it is filled in any case.
+# its batch axes, as state depends on it, and whether it is filled in any case. With `own_values` none is,
+# also when differentiated.
 fill_p = _jax.Primitive("fill")
 # All lanes' values. The mask's axes are that of the lanes, and then outer vmaps'. For each value, `axes` are
 # which of its own these are, None where it has none: then any lane along that axis may take the branch.
@@ -37,11 +42,13 @@ FILLED = (fill_p.name, fill_lanes_p.name)
 def fill(mask: Any, values: Sequence[Any], filled: bool = True) -> list[Any]:
     """One lane's values if its `mask` is true, or else those of some lane of which it is."""
     n = len(values)
-    return fill_p.bind(mask, *values, keeps_axes=(True,) * n, filled=(filled,) * n)
+    return fill_p.bind(
+        mask, *values, keeps_axes=(True,) * n, filled=(filled,) * n, own_values=False
+    )
 
 
 def fill_operands(
-    jaxpr: Any, mask: Any, operands: Sequence[Any]
+    jaxpr: Any, mask: Any, operands: Sequence[Any], own_values: bool = False
 ) -> tuple[list[Any], dict[Any, Any]]:
     """The operands of a branch, or of a loop's body, in one lane; and those for state, by their variable.
 
@@ -49,13 +56,14 @@ def fill_operands(
     may take the branch with each of two operands, and none with both.
     """
     jaxpr = _jax.open_jaxpr(jaxpr)
-    filled = _among(_reaching(jaxpr, _deciding), jaxpr.invars)
+    decides = set() if own_values else _reaching(jaxpr, _deciding)
     into_state = reaching_state(jaxpr)
     n = len(operands)
-    out = fill_p.bind(mask, *operands, keeps_axes=(False,) * n, filled=filled)
+    params = {"filled": _among(decides, jaxpr.invars), "own_values": own_values}
+    out = fill_p.bind(mask, *operands, keeps_axes=(False,) * n, **params)
     if into_state.isdisjoint(jaxpr.invars):
         return out, {}
-    keeps = fill_p.bind(mask, *operands, keeps_axes=(True,) * n, filled=filled)
+    keeps = fill_p.bind(mask, *operands, keeps_axes=(True,) * n, **params)
     return out, {v: x for v, x in zip(jaxpr.invars, keeps, strict=True) if v in into_state}
 
 
@@ -112,16 +120,26 @@ def _deciding(eqn):
 # --- One lane's values -----------------------------------------------------------------------------
 
 
-def _batch_fill(axis_data, args, dims, *, keeps_axes, filled):
+def _batch_fill(axis_data, args, dims, *, keeps_axes, filled, own_values):
     (mask, *values), (mask_dim, *value_dims) = args, dims
-    params = {"keeps_axes": keeps_axes, "filled": filled}
+    params = {"keeps_axes": keeps_axes, "filled": filled, "own_values": own_values}
     if mask_dim is None:
         return fill_p.bind(mask, *values, **params), value_dims
+    if own_values:
+        for k, (x, dim) in enumerate(zip(values, value_dims, strict=True)):
+            if dim is None and not keeps_axes[k] and jnp.issubdtype(x.dtype, jnp.inexact):
+                values[k], value_dims[k] = _jax.move_to_front(axis_data, x, None), 0
     out = fill_lanes_p.bind(mask, *values, axes=tuple((d,) for d in value_dims), **params)
     # What these lanes share may be the own of an outer vmap's.
     if shared := [k for k, d in enumerate(value_dims) if d is None]:
-        params = {name: tuple(flags[k] for k in shared) for name, flags in params.items()}
-        same = fill_p.bind(lax.reduce_or(mask, (0,)), *[out[k] for k in shared], **params)
+        of_shared = lambda flags: tuple(flags[k] for k in shared)
+        same = fill_p.bind(
+            lax.reduce_or(mask, (0,)),
+            *[out[k] for k in shared],
+            keeps_axes=of_shared(keeps_axes),
+            filled=of_shared(filled),
+            own_values=own_values,
+        )
         for k, x in zip(shared, same, strict=True):
             out[k] = x
     return out, value_dims
@@ -193,9 +211,10 @@ def _only_lanes(mask, t, axes):
     return lax.select(_like(_mask_of(mask, axes), own, t), t, lax.full_like(t, 0))
 
 
-def _jvp_of_fill_lanes(primals, tangents, *, axes, filled, **params):
+def _jvp_of_fill_lanes(primals, tangents, *, axes, own_values, **params):
     mask, *values = primals
-    out = fill_lanes_p.bind(mask, *values, axes=axes, filled=(True,) * len(filled), **params)
+    params = {**params, "filled": (not own_values,) * len(values), "own_values": own_values}
+    out = fill_lanes_p.bind(mask, *values, axes=axes, **params)
     return out, [_only_lanes(mask, t, a) for t, a in zip(tangents[1:], axes, strict=True)]
 
 

@@ -206,7 +206,7 @@ class _Run:
 
     def __init__(self, types: dict[int, int]):
         self.types = types
-        self._jitted: dict[int, Callable[..., Any]] = {}
+        self._jitted: dict[Any, Callable[..., Any]] = {}
         self._uses: dict[int, tuple[Any, dict[int, Use]]] = {}
 
     def __call__(
@@ -276,9 +276,10 @@ def _inline(key: str) -> Callable[..., list[Any]]:
 
 def _jit(run, eqn, ins, state):
     params = eqn.params
-    if params["inline"]:
+    if _jax.is_inlined(params):
         return run(params["jaxpr"], state, ins)
-    key = id(params["jaxpr"])
+    # JAX gives several jits of one function the same jaxpr.
+    key = id(params["jaxpr"]), params["in_shardings"], params["out_shardings"]
     call = run._jitted.get(key)
     if call is None:
         # One for all calls of the same function, which JAX then lowers once.

@@ -49,6 +49,7 @@ _core = _private("core")  # abstract values, the current trace
 _custom = _private(
     "custom_derivatives"
 )  # the rules inside of custom_jvp and custom_vjp; remat_opt_p
+_custom_batching = _private("custom_batching")  # custom_vmap_p
 _dispatch_module = _private("dispatch")  # the tokens between programs over several devices
 _dtypes = _private("dtypes")  # short names
 _effects = _private("effects")  # the registries of effects
@@ -228,6 +229,12 @@ def as_sharded(x: Any, aval: Any) -> Any:
     return jax.sharding.reshard(x, wanted)
 
 
+def is_inlined(params: dict[str, Any]) -> bool:
+    """Whether a jit equation asks to be inlined. Since 0.11 there is more than yes and no."""
+    inline = params["inline"]
+    return inline if isinstance(inline, bool) else inline.name.startswith("JAX")
+
+
 def jit_like(f: Callable[..., Any], params: dict[str, Any]) -> Callable[..., Any]:
     """`jax.jit` of `f(first, *args) -> (results, last)`, `args` and `results` as a jit equation's."""
 
@@ -268,7 +275,7 @@ class _Here(threading.local):
     """What of JAX's this thread is inside of."""
 
     evaluated: Any = None  # the primitive that is asked for its results' shapes
-    in_parted_rule = False  # see `as_parted`
+    in_parted_rule = ""  # see `as_parted`: which function the rule is of
     hoisting = False  # remat looks for what may leave a scan
     effects: Any = frozenset()  # of the function that is being lowered
     mesh: Any = None  # of the shard_map around the one that is being lowered
@@ -383,6 +390,7 @@ def _holds_state(x: Any) -> bool:
 PVARY = "pvary"
 # Functions with rules of their own for derivatives.
 RULES = ("custom_jvp_call", "custom_vjp_call")
+CUSTOM_VMAP = "custom_vmap_call"
 
 
 def has_primitive(eqn: Any, *names: str) -> bool:
@@ -405,6 +413,21 @@ def _is_collective(eqn: Any) -> bool:
     # `ppermute` and some others have no effect.
     named = any(isinstance(e, _core.NamedAxisEffect) for e in eqn.effects)
     return named or "axis_name" in eqn.params
+
+
+def acts(eqn: Any) -> bool:
+    """Whether an equation does something in the world, such as to print, each time it runs."""
+    return any(not isinstance(e, _core.NamedAxisEffect) for e in eqn.effects)
+
+
+def acts_for_all_lanes(*jaxprs: Any) -> str | None:
+    """What of a jaxpr acts, once it is batched, for lanes that are selected away too."""
+    for effect in (e for j in jaxprs for e in j.effects):
+        if isinstance(effect, _effects.JaxprInputEffect):
+            return "ref"
+        if "IOEffect" in type(effect).__name__:
+            return "io"
+    return None
 
 
 @contextlib.contextmanager
@@ -497,6 +520,53 @@ def custom_jvp_rule(params: dict[str, Any]) -> Callable[..., list[Any]]:
     """The rule of a custom_jvp equation: of flat primals, then tangents; returns the same of results."""
     _, jvp = _custom.custom_jvp_call_p.get_bind_params(params)["subfuns"]
     return jvp.call_wrapped
+
+
+def rules_have_state(eqn: Any, within: tuple[Any, ...] = ()) -> bool:
+    """Whether a rule of custom derivatives has state, of an equation that is or contains such a function.
+
+    Nothing but to trace them tells. `within` are the functions of whose rules the equation is a part.
+    """
+    if any(rules_have_state(e, within) for jaxpr in inner_jaxprs(eqn) for e in jaxpr.eqns):
+        return True
+    if eqn.primitive.name not in RULES:
+        return False
+    info = open_jaxpr(eqn.params["call_jaxpr"]).debug_info
+    this = info and info.func_src_info, tuple(str(v.aval) for v in eqn.invars)
+    if this in within:  # a rule may call the function that it is of
+        return False
+    try:
+        rules = _traced_rules(eqn)
+    except Exception:  # only JAX knows how to call it
+        return True
+    return has_state(*rules) or any(
+        rules_have_state(e, (*within, this)) for rule in rules for e in open_jaxpr(rule).eqns
+    )
+
+
+def _traced_rules(eqn: Any) -> list[Any]:
+    avals = [v.aval for v in eqn.invars]
+    if eqn.primitive.name == "custom_jvp_call":
+        half = len(avals)
+
+        def rule(*args):
+            # What has no derivative has no tangent.
+            tangents = [
+                Zero(a.to_tangent_aval()) if t is None else t
+                for a, t in zip(avals, args[half:], strict=True)
+            ]
+            return [
+                x for x in custom_jvp_rule(eqn.params)(*args[:half], *tangents) if not is_zero(x)
+            ]
+
+        inexact = lambda a: jax.numpy.issubdtype(a.dtype, jax.numpy.inexact)
+        return [jax.make_jaxpr(rule)(*avals, *[a if inexact(a) else None for a in avals])]
+    forward, backward = custom_vjp_rules(eqn.params)
+    fwd, (res, outs) = jax.make_jaxpr(forward, return_shape=True)(*avals)
+    bwd = jax.make_jaxpr(lambda res, cts: [c for c in backward(res, cts) if c is not None])(
+        res, outs
+    )
+    return [fwd, bwd]
 
 
 def custom_vjp_rules(params: dict[str, Any]) -> tuple[Callable, Callable]:
@@ -754,13 +824,19 @@ def is_moved(axis_data: Any) -> bool:
 def as_parted(axis_data: Any) -> Any:
     """Marks a vmap level as seen from inside a pure cond whose predicate is batched.
 
-    JAX makes a select of it. Should a rule of custom derivatives in it turn out to set state, later,
-    nothing knows any more which lanes it is for: `in_parted_rule` says so then.
+    JAX makes a select of it. Should a rule of custom derivatives or batching in it turn out to set state,
+    later, nothing knows any more which lanes it is for: `in_parted_rule` says so then.
     """
     return _marked(axis_data, "parted")
 
 
-def in_parted_rule() -> bool:
+def as_masked(axis_data: Any) -> Any:
+    """Marks a vmap level as seen from inside what has been masked: rules of batching know of no mask."""
+    return _marked(axis_data, "masked")
+
+
+def in_parted_rule() -> str:
+    """The kind of function whose rule is being run, if its lanes have parted."""
     return _here.in_parted_rule
 
 
@@ -768,25 +844,37 @@ def _mark_rules_of_parted_lanes() -> None:
     """Lets `in_parted_rule` know."""
     trace = _batching.BatchTrace
 
-    def mark(rule):
+    def mark(rule, of):
         def run(*args):
-            with _entering(in_parted_rule=True):
+            with _entering(in_parted_rule=of):
                 return rule.call_wrapped(*args)
 
         return _lu.wrap_init(run, debug_info=rule.debug_info)
 
-    def wrap(name, which):
+    def wrap(of, which):
+        name = f"process_{of}_call"
         original = getattr(trace, name)
 
         def process(self, *args, **kwargs):
             if "parted" in _marks(self.axis_data):
-                args = (*args[:which], mark(args[which]), *args[which + 1 :])
+                args = (*args[:which], mark(args[which], of), *args[which + 1 :])
             return original(self, *args, **kwargs)
 
         setattr(trace, name, process)
 
-    wrap("process_custom_jvp_call", 2)  # prim, fun, jvp, tracers
-    wrap("process_custom_vjp_call", 3)  # prim, fun, fwd, bwd, tracers
+    wrap("custom_jvp", 2)  # prim, fun, jvp, tracers
+    wrap("custom_vjp", 3)  # prim, fun, fwd, bwd, tracers
+
+    def wrap_custom_vmap(original):
+        def rule(axis_data, args, dims, **params):
+            if _marks(axis_data).isdisjoint(("parted", "masked")):
+                return original(axis_data, args, dims, **params)
+            with _entering(in_parted_rule="custom_vmap"):
+                return original(axis_data, args, dims, **params)
+
+        return rule
+
+    wrap_batching(_custom_batching.custom_vmap_p, wrap_custom_vmap)
 
 
 def wrap_batching(primitive: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

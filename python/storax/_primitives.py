@@ -36,14 +36,28 @@ class _StatePrimitive(_jax.Primitive):
         # JAX asks no rule of ours about an operation whose operands are not differentiated.
         if _jax.is_differentiation(trace):
             _unknown_jax.require("grad")
-        if self is not get_p and _jax.in_parted_rule():
-            raise NotImplementedError(
-                "storax.set_state in a rule of `custom_jvp` or `custom_vjp`, under `grad` of `vmap` "
-                "of a `cond`, `switch` or `while_loop` whose predicate is batched: which lanes the rule "
-                "is for is no longer known. Use `vmap` of `grad`, or get the state in the "
-                "function itself too, which shows it before it is differentiated."
-            )
+        if self is not get_p and (of := _jax.in_parted_rule()):
+            _refuse_in_parted_rule(of)
         return super().bind_with_trace(trace, *args)
+
+
+def _refuse_in_parted_rule(of):
+    under, instead = (
+        "`grad` of `vmap`",
+        (
+            "Use `vmap` of `grad`, or get the state in the function itself too, which shows it before it is "
+            "differentiated."
+        ),
+    )
+    if of == "custom_vmap":
+        under, instead = (
+            "`vmap`",
+            "Set the state outside of the rule, or use no `custom_vmap` there.",
+        )
+    raise NotImplementedError(
+        f"storax.set_state in a rule of `{of}`, under {under} of a `cond`, `switch` or `while_loop` whose "
+        f"predicate is batched: which lanes the rule is for is no longer known. {instead}"
+    )
 
 
 get_p = _StatePrimitive("get_state")

@@ -328,6 +328,34 @@ def test_derivatives_by_what_devices_share_in_a_mask(outside, wrap, vma):
 
 @pytest.mark.timeout(100, method="thread")  # XLA hears of no signal
 @pytest.mark.parametrize("beside", [True, False])
+def test_derivatives_through_a_branch_with_a_collective(beside, vma):
+    """As without state: JAX stops them in lanes that don't take it, where the square root has none."""
+    index = per_device(vma=vma)
+    lanes = np.array([0, 0, 1, 2, 0, 3, 4, 0], np.float32)
+
+    def derivative(add):
+        def taken(x):
+            if not beside:
+                add()
+            return jnp.sqrt(x) + lax.stop_gradient(lax.pmean(x, "i"))
+
+        def other(x):
+            if beside:
+                add()
+            return 2 * x
+
+        in_lane = lambda x: lax.cond(x > 0, taken, other, x)
+        loss = lambda x: lax.psum(jax.vmap(in_lane)(x).sum(), "i")
+        return jax.jit(jax.grad(shard(loss, out_specs=P(), check_vma=vma)))(lanes)
+
+    want = derivative(lambda: None)
+    assert np.isfinite(want).all()
+    got = derivative(lambda: storax.set_state(index, get(index) + 1))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.timeout(100, method="thread")  # XLA hears of no signal
+@pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("jit", [jax.jit, storax.jit])
 def test_collectives_in_a_mask(jit, beside, vma):
     """Not on every device is there a lane that takes the branch, and the devices wait for each other."""

@@ -3,11 +3,14 @@
 Each program is written twice: for JAX, per lane, and for NumPy, one lane after the other.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 
 import storax
 
@@ -488,6 +491,120 @@ def test_state_in_a_rule_in_a_rule(jit):
             jit(slope(slope(jax.vmap(f))))(xs)
         np.testing.assert_array_equal(jit(jax.vmap(slope(slope(f))))(xs), want)
         assert get(index) == 2 + (10 in want)
+
+
+PARTING = {
+    "cond": lambda f: lambda x: lax.cond(x > 0.5, f, lambda x: x, x),
+    "while": lambda f: lambda x: lax.while_loop(lambda x: x < 2, lambda x: f(x) / 2 + 1, x),
+    "fori": lambda f: lambda x: lax.fori_loop(0, jnp.int32(x), lambda _, x: f(x), x),
+}
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("visible", [False, True], ids=["alone", "beside state"])
+@pytest.mark.parametrize("parting", PARTING)
+def test_a_set_in_a_rule_of_custom_vmap(parting, visible, jit):
+    """The rule has all lanes, and does not know which of them take the branch."""
+    index, other, xs = storax.StateIndex(), storax.StateIndex(), jnp.arange(3.0)
+    storax.set_state(other, jnp.float32(0))
+    jax.vmap(lambda x: storax.set_state(index, 0 * x))(xs)
+    double = jax.custom_batching.custom_vmap(lambda x: x * 2)
+
+    @double.def_vmap
+    def _(size, batched, x):
+        jax.vmap(lambda x: storax.set_state(index, x + 10))(x)
+        return x * 2, batched[0]
+
+    def f(x):
+        if visible:
+            storax.set_state(other, storax.get_state(other, jnp.float32(0)) + 1)
+        return double(x)
+
+    state = lambda: jax.vmap(lambda x: storax.get_state(index, x))(0 * xs)
+    with pytest.raises(
+        NotImplementedError, match=r"`custom_vmap`.*no longer known. Set the state out"
+    ):
+        jit(jax.vmap(PARTING[parting](f)))(xs)
+    np.testing.assert_array_equal(state(), [0, 0, 0])
+    everywhere = lambda x: lax.scan(
+        lambda x, _: (lax.cond(True, f, f, x), None), x, None, length=1
+    )[0]
+    jit(jax.vmap(everywhere))(xs)
+    np.testing.assert_array_equal(state(), [10, 11, 12])
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("beside", [False, True], ids=["in it", "beside it"])
+@pytest.mark.parametrize("what", ["ref", "io_callback"])
+@pytest.mark.parametrize("parting", PARTING)
+def test_what_would_act_for_lanes_that_do_not_take_the_branch(parting, what, beside, jit):
+    index, xs, seen = storax.StateIndex(), jnp.arange(3.0), []
+    storax.set_state(index, jnp.float32(0))
+
+    def lane(x):
+        ref = jax.new_ref(0 * x)
+
+        def act(x):
+            if what == "ref":
+                ref[...] += 1
+            else:
+                io_callback(lambda x: seen.append(x.item()), None, x)
+
+        def f(x):
+            act(x)
+            if not beside:
+                storax.get_state(index, jnp.float32(0))
+            return x
+
+        def g(x):
+            y = PARTING[parting](f)(x)
+            return y + storax.get_state(index, jnp.float32(0))
+
+        # Beside it, it is in the other branch, or in the condition, that there is state.
+        if beside and parting == "cond":
+            with_state = lambda x: x + storax.get_state(index, jnp.float32(0))
+            return lax.cond(x > 0.5, f, with_state, x), ref[...]
+        if beside:
+            goes_on = lambda x: x < 2 + storax.get_state(index, jnp.float32(0))
+            return lax.while_loop(goes_on, lambda x: f(x) + 1, x), ref[...]
+        return g(x), ref[...]
+
+    name = {"ref": "a `jax.Ref`", "io_callback": "an `io_callback`"}[what]
+    with pytest.raises(NotImplementedError, match=rf"{name} in a \w+ with state.*Move it out"):
+        jit(jax.vmap(lane))(xs)
+    assert seen == []
+
+
+def test_a_ref_that_is_the_branchs_own():
+    index, xs = storax.StateIndex(), jnp.arange(3.0)
+    jax.vmap(lambda x: storax.set_state(index, 0 * x))(xs)
+
+    def taken(x):
+        ref = jax.new_ref(x)
+        ref[...] += storax.get_state(index, 0 * x) + 1
+        storax.set_state(index, ref[...])
+        return ref[...]
+
+    got = jax.jit(jax.vmap(lambda x: lax.cond(x > 0, taken, lambda x: x, x)))(xs)
+    np.testing.assert_array_equal(got, [0, 2, 3])
+    np.testing.assert_array_equal(jax.vmap(lambda x: storax.get_state(index, x))(xs), [0, 2, 3])
+
+
+@pytest.mark.parametrize("prevent_cse", [True, False, (True, False)])
+def test_which_operands_of_a_checkpoint_are_kept_apart(prevent_cse):
+    index, xs = storax.StateIndex(), jnp.arange(3.0)
+    jax.vmap(lambda x: storax.set_state(index, x + 1))(xs)
+
+    @functools.partial(jax.checkpoint, prevent_cse=prevent_cse)
+    def f(x, y):
+        s = storax.get_state(index, 0 * x)
+        storax.set_state(index, lax.stop_gradient(s + 1 + 0 * x))
+        return jnp.sin(x) * y * s
+
+    lane = lambda x: lax.cond(x > 0.5, lambda: f(x, 2.0), lambda: 0.0)
+    slopes = jax.jit(jax.grad(lambda xs: jax.vmap(lane)(xs).sum()))(xs)
+    np.testing.assert_allclose(slopes, [0, 4 * np.cos(1), 6 * np.cos(2)], rtol=1e-6)
+    np.testing.assert_array_equal(jax.vmap(lambda x: storax.get_state(index, x))(xs), [1, 3, 4])
 
 
 # --- Unbatched state, and what is not masked -------------------------------------------------------

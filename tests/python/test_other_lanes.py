@@ -394,3 +394,135 @@ def test_a_collective_is_of_what_all_lanes_have(make, talk, levels, jit):
     in_lanes(lambda x: storax.set_state(index, 9 * x))(x)
     run = lambda add: jit(in_lanes(make(add, talk), axis_name="lanes"))(x)
     np.testing.assert_array_equal(run(add), run(lambda x: 9 * x))
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("how", ["grad", "hessian"])
+@pytest.mark.parametrize("where", ["in it", "beside it"])
+@pytest.mark.parametrize("name", ["of all", "of the outer", "of all lanes' squares"])
+def test_derivatives_through_a_branch_with_a_collective(name, where, how, levels):
+    """As without state: JAX stops them in lanes that don't take it, where the square root has none."""
+    index, derive = counter(), DERIVATIVES[how]
+    talk = {
+        "of all": lambda w, x: w * jnp.sqrt(x) + lax.stop_gradient(lax.pmean(x, "lanes")),
+        "of the outer": lambda w, x: w * w * jnp.log(x) + lax.pmean(w * x, "outer"),
+        "of all lanes' squares": lambda w, x: w * lax.psum(x * w, "lanes") ** 2,
+    }[name]
+
+    def program(add):
+        def taken(w, x):
+            if where == "in it":
+                add(w)
+            return talk(w, x)
+
+        def other(w, x):
+            if where == "beside it":
+                add(w)
+            return w * x
+
+        f = lambda w, x: lax.cond(x > 0, taken, other, w, x)
+        for axis in ["lanes", "outer"][:levels]:
+            f = jax.vmap(f, (None, 0), axis_name=axis)
+        if levels == 1:
+            f = jax.vmap(f, (None, None), axis_name="outer", axis_size=2)
+        return lambda w, x: f(w, x).sum()
+
+    x = LANES if levels == 1 else jnp.stack([LANES, LANES[::-1]])
+    without, with_state = (program(add) for add in (lambda w: None, lambda w: add_one(index, w)))
+    by_w = lambda f: jax.jit(derive(lambda w: f(w, x)))(W)
+    by_x = lambda f: jax.jit(jax.grad(lambda x: f(W, x)))(x)
+    for derivative in (by_w, by_x):
+        want = derivative(without)
+        assert np.isfinite(want).all()
+        np.testing.assert_allclose(derivative(with_state), want, rtol=1e-5, atol=1e-6)
+
+
+# --- State and custom derivatives of the same operand ----------------------------------------------
+
+PAIRS = jnp.array([1.0, 2.0])
+
+
+def in_pairs(f):
+    return jax.vmap(lambda x: jax.vmap(lambda y: f(x, y))(PAIRS))(PAIRS)
+
+
+def printed(x):
+    jax.debug.callback(lambda x: None, x)
+    return x
+
+
+IDENTITIES = {
+    "relu": jax.nn.relu,
+    "custom_jvp": lambda x: CALLS["custom_jvp"](lambda x: [x])(x)[0],
+    "custom_vjp": lambda x: CALLS["custom_vjp"](lambda x: [x])(x)[0],
+    "in a jit": jax.jit(jax.nn.relu),
+    "debug": printed,
+}
+
+
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize(
+    ("name", "leads"),
+    # What leads to state runs a callback once, with that.
+    [
+        (name, leads)
+        for name in IDENTITIES
+        for leads in (False, True)
+        if (name, leads) != ("debug", True)
+    ],
+)
+def test_what_a_state_and_a_custom_rule_share(name, leads):
+    """Each of a lane's operands is what some lane has that takes the branch; together they may be of none."""
+    index, identity = storax.StateIndex(), IDENTITIES[name]
+    in_pairs(lambda x, y: storax.set_state(index, x * y))
+
+    def taken(w, x, y):
+        distance = jnp.abs(x - y)
+        same = identity(distance)
+        storax.set_state(index, lax.stop_gradient(same if leads else distance))
+        return w * jnp.log(same)
+
+    def taken_with_loop(w, x, y):
+        distance = jnp.abs(x - y)
+        same = identity(distance)
+        storax.set_state(index, lax.stop_gradient(same if leads else distance))
+        return w * doubled(same)
+
+    def program(taken):
+        f = lambda w, x, y: lax.cond(x != y, taken, lambda w, x, y: w, w, x, y)
+        return lambda w: in_pairs(lambda x, y: f(w, x, y)).sum()
+
+    assert jax.jit(jax.grad(program(taken)))(W) == 2  # log(1) is 0
+    assert jax.jit(program(taken_with_loop))(W) == 2 * W * 4 + 2 * W
+    np.testing.assert_array_equal(
+        in_pairs(lambda x, y: storax.get_state(index, 0 * x * y)), [[1, 1], [1, 4]]
+    )
+
+
+@pytest.mark.parametrize("rule", ["custom_jvp", "custom_vjp"])
+def test_a_rule_with_state_of_an_operand_that_leads_to_state(rule):
+    """It runs once, although what leads to state and the rest of a branch are computed apart."""
+    index, calls = storax.StateIndex(), counter()
+    in_pairs(lambda x, y: storax.set_state(index, x * y))
+
+    def count():
+        storax.set_state(calls, storax.get_state(calls, jnp.float32(0)) + 1)
+
+    if rule == "custom_jvp":
+        identity = jax.custom_jvp(lambda x: x * 1)
+        identity.defjvp(lambda primals, tangents: (count(), (primals[0] * 1, tangents[0] * 1))[1])
+    else:
+        identity = jax.custom_vjp(lambda x: x * 1)
+        identity.defvjp(lambda x: (count(), (x * 1, None))[1], lambda _, ct: (ct * 1,))
+
+    def taken(w, x, y):
+        scaled = identity(w * (x + y))
+        storax.set_state(index, lax.stop_gradient(scaled))
+        return scaled
+
+    f = lambda w, x, y: lax.cond(x != y, taken, lambda w, x, y: w, w, x, y)
+    slope = jax.jit(jax.grad(lambda w: in_pairs(lambda x, y: f(w, x, y)).sum()))(W)
+    assert (slope, storax.get_state(calls, jnp.float32(0))) == (2 * 3 + 2, 1)
+    np.testing.assert_array_equal(
+        in_pairs(lambda x, y: storax.get_state(index, 0 * x * y)), [[1, 4.5], [4.5, 4]]
+    )

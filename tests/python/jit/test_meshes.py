@@ -219,6 +219,27 @@ def test_shardings_given(mesh):
         assert float(out["b"]) == 2 * k
 
 
+def test_two_jits_of_one_function_each_keep_their_shardings(mesh):
+    """JAX traces the function once, and the two share what it found."""
+    index = storax.StateIndex()
+    x = put(np.arange(8, dtype=np.float32), mesh, "i")
+    storax.set_state(index, jnp.zeros(()))
+    rows, whole = NamedSharding(mesh, P("i")), NamedSharding(mesh, P())
+
+    def f(x):
+        n = storax.get_state(index, jnp.zeros(()))
+        storax.set_state(index, n + 1)
+        return x * 2
+
+    both = lambda f: lambda x: [jax.jit(f, out_shardings=s)(x) for s in (rows, whole)]
+    without = jax.jit(both(lambda x: x * 2))(x)
+    for got, want in zip(storax.jit(both(f))(x), without, strict=True):
+        np.testing.assert_array_equal(got, 2 * np.arange(8))
+        assert got.sharding.is_equivalent_to(want.sharding, 1)
+    assert without[0].sharding.is_equivalent_to(rows, 1)
+    assert storax.get_state(index, jnp.zeros(())) == 2
+
+
 def test_plain_jit_says_what_to_do(mesh):
     index = storax.StateIndex(name="spread")
     x = put(jnp.zeros(8), mesh, "i")

@@ -354,3 +354,12 @@ def test_pure_form_hits_the_persistent_cache(tmp_path):
 def test_memory_of_a_state_of_half_a_gibibyte():
     worker = Path(__file__).parents[3] / "benchmarks" / "memory_worker.py"
     assert float(subprocess.check_output([sys.executable, worker])) <= 0.8
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_function_that_is_called_often_is_lowered_once(inline):
+    """Or a program takes the longer to compile, the more often it calls one."""
+    _, count, _ = counter()
+    double = jax.jit(lambda x: x * 2 + 0 * count(), inline=inline)
+    text = storax.jit(lambda x: double(double(double(x)))).lower(jnp.float32(1)).as_text()
+    assert text.count("stablehlo.multiply") == (6 if inline else 2)

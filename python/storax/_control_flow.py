@@ -21,9 +21,9 @@ import numpy as np
 from jax import lax
 
 from . import _jax, _unknown_jax
-from ._guard import FILLED, fill, fill_operands, reaching_state
+from ._guard import FILLED, fill, fill_operands, of_own_lanes, reaching_state
 from ._masked_custom import mask_custom_jvp, mask_custom_vjp
-from ._primitives import get_p, set_masked_p
+from ._primitives import get_p, set_masked_p, set_p
 
 __all__ = ["install"]
 
@@ -56,6 +56,7 @@ def _(mask, *operands, params, fills):
     return list(params["body_jaxpr"].out_avals), effects
 
 
+_OPERATIONS = (get_p, set_p, set_masked_p)
 # What differs from lane to lane of itself.
 _OWN = ("axis_index",)
 
@@ -93,11 +94,18 @@ def _masked(jaxpr, consts, mask, args, fills, for_state=None):
         return zip(eqn.outvars, outs, strict=True)
 
     for eqn in jaxpr.eqns:
-        leads = any(v in into_state for v in eqn.outvars)
-        if not any(not isinstance(v, _jax.Literal) and v in env_of_state for v in eqn.invars):
+        variables = [v for v in eqn.invars if not isinstance(v, _jax.Literal)]
+        if not any(v in env_of_state for v in variables):
             env.update(run(eqn, env))
-        elif _jax.has_state(eqn) or _jax.rules_have_state(eqn) or (leads and _jax.acts(eqn)):
-            env.update(run(eqn, own))  # once: what it does is to happen once
+            continue
+        leads = any(v in into_state for v in eqn.outvars)
+        rules = _jax.look_into_rules(eqn)
+        acts = _jax.acts(eqn) or rules.act
+        if _jax.has_state(eqn) or rules.have_state or (leads and acts):  # it is to happen once
+            ins = {v: own[v] for v in variables}
+            if not fills and eqn.primitive not in _OPERATIONS:
+                ins = of_own_lanes(mask, ins, eqn.primitive.name)
+            env.update(run(eqn, ins))
         else:
             if leads:
                 env_of_state.update(run(eqn, own))
@@ -294,11 +302,11 @@ def _batch_masked_cond(axis_data, args, dims, *, params, fills=True):
     for branch, takes_it in zip(branches, takes, strict=True):
         # The jaxprs of a cond's branches have each other's effects.
         pure = not any(map(_jax.has_state, _jax.open_jaxpr(branch).eqns))
+        lanes = takes_it if active is None else takes_it & active
         # A collective hears of the lanes that are not active too.
-        every = active is None or (pure and not fills)
-        lanes = takes_it if every else takes_it & active
+        runs = lanes if fills else takes_it
         outs.append(
-            _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, pure)
+            _run_branch(axis_data, branch, lanes, runs, operands, operand_dims, other, fills, pure)
         )
     results = list(outs[0])
     for k in range(1, len(branches)):
@@ -306,7 +314,8 @@ def _batch_masked_cond(axis_data, args, dims, *, params, fills=True):
     return results, [0] * num_out
 
 
-def _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, pure):
+def _run_branch(axis_data, branch, lanes, runs, operands, operand_dims, other, fills, pure):
+    """A branch that is for these lanes; it runs if `runs` is true of any."""
     out_dims = [0] * len(branch.out_avals)
     # Or a derivative by what devices share is summed inside of the cond, which not all of them may take.
     varying = _jax.varying_axes(jax.typeof(lanes))
@@ -324,7 +333,7 @@ def _run_branch(axis_data, branch, lanes, operands, operand_dims, other, fills, 
         out = _jax.call_jaxpr(run, *ins)  # other devices, which may take it, wait for this one
     else:
         skip = _close(lambda *_: [_zeros(a) for a in run.out_avals], [jax.typeof(x) for x in ins])
-        taken = lax.convert_element_type(_any_lane(lanes), np.int32)
+        taken = lax.convert_element_type(_any_lane(runs), np.int32)
         out = lax.cond_p.bind(taken, *ins, branches=(skip, run), **other)
     return [_jax.spread_lanes(axis_data, x) for x in out]
 

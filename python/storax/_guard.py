@@ -24,7 +24,7 @@ from jax import lax
 
 from . import _jax
 
-__all__ = ["FILLED", "fill", "fill_operands", "install", "reaching_state"]
+__all__ = ["FILLED", "fill", "fill_operands", "install", "of_own_lanes", "reaching_state"]
 
 # One lane's values, as they are, under the mask of whether the lane counts. Of each: whether it must keep
 # its batch axes, as state depends on it, and whether it is filled in any case. With `own_values` none is,
@@ -218,7 +218,45 @@ def _jvp_of_fill_lanes(primals, tangents, *, axes, own_values, **params):
     return out, [_only_lanes(mask, t, a) for t, a in zip(tangents[1:], axes, strict=True)]
 
 
+# --- With a collective -----------------------------------------------------------------------------
+
+# A value under the mask of the lanes that take a branch. `shared`: lanes share it.
+own_p = _jax.Primitive("of_own_lanes")
+
+
+def of_own_lanes(mask: Any, values: dict[Any, Any], where: str) -> dict[Any, Any]:
+    """The same, but that a derivative by what lanes share is an error: it would be that of all lanes."""
+    return {
+        v: own_p.bind(mask, x, where=where, shared=False)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+        else x
+        for v, x in values.items()
+    }
+
+
+def _batch_own(axis_data, args, dims, *, shared, where):
+    shared = shared or (dims[0] is not None and dims[1] is None)
+    return own_p.bind(*args, shared=shared, where=where), dims[1]
+
+
+def _jvp_of_own(primals, tangents, *, shared, where):
+    if shared and type(tangents[1]) is not _jax.Zero:
+        raise NotImplementedError(
+            f"storax: a derivative by what lanes share, through a `{where}` with state in it, in a branch "
+            "that has a collective and a predicate batched by `jax.vmap`, is not supported: it would be "
+            f"that of all lanes. Get and set the state in the branch itself, outside of the `{where}`; or "
+            "move the collective out of the branch."
+        )
+    return own_p.bind(*primals, shared=shared, where=where), tangents[1]
+
+
 def install() -> None:
+    of_value = lambda mask, x, **_: x
+    own_p.def_impl(of_value)
+    own_p.def_abstract_eval(of_value)
+    _jax.define_batching(own_p, _batch_own)
+    _jax.define_jvp(own_p, _jvp_of_own)
+    _jax.define_lowering(own_p, lambda ctx, mask, x, **_: [x])
     same = lambda mask, *values, **_: list(values)
     fill_p.def_impl(same)
     fill_p.def_abstract_eval(same)

@@ -371,11 +371,36 @@ def _cond(run, eqn, ins, state):
         inner = {**state, **new}
         return run(jaxpr, inner, operands), _carried(inner, slots)
 
+    if "branches_platforms" in eqn.params:
+        used = {slot for jaxpr in branches for slot in run.uses(jaxpr)}
+        outs, new = _each_for_its_platform(eqn, branch, ins, _carried(state, used))
+        state.update(new)
+        return outs
+
     outs, new = lax.switch(
         index, [functools.partial(branch, b) for b in branches], _carried(state, slots), *operands
     )
     state.update(new)
     return outs
+
+
+def _each_for_its_platform(eqn, branch, ins, used):
+    """A `lax.platform_dependent`: what is for another platform may not lower for this one."""
+    index, *operands = ins
+    flat, tree = jax.tree.flatten((used, operands))
+    out_tree = None
+
+    def close(jaxpr):
+        def call(*flat):
+            nonlocal out_tree
+            used, operands = tree.unflatten(flat)
+            leaves, out_tree = jax.tree.flatten(branch(jaxpr, used, *operands))
+            return leaves
+
+        return jax.make_jaxpr(call)(*flat)
+
+    params = {**eqn.params, "branches": tuple(map(close, eqn.params["branches"]))}
+    return jax.tree.unflatten(out_tree, lax.cond_p.bind(index, *flat, **params))
 
 
 _RULES: dict[str, Callable[..., list[Any]]] = {

@@ -13,7 +13,7 @@ import re
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -402,17 +402,27 @@ def has_primitive(eqn: Any, *names: str) -> bool:
 
 def has_collective(*jaxprs: Any) -> bool:
     """Whether lanes, or devices, learn of each other in a jaxpr: `psum` and the like."""
-    return any(map(_is_collective, (e for j in jaxprs for e in open_jaxpr(j).eqns)))
+    return any(_is_collective(e, frozenset()) for j in jaxprs for e in open_jaxpr(j).eqns)
 
 
-def _is_collective(eqn: Any) -> bool:
-    if eqn.primitive.name in ("axis_index", "shard_map"):  # the latter's axes are its own
+def _is_collective(eqn: Any, inner_axes: frozenset[Any]) -> bool:
+    """`inner_axes` are those of a shard_map that the equation is in: over them nothing comes from outside."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "axis_index":
         return False
+    if name == CUSTOM_VMAP:  # its rule has all lanes
+        return True
     if inner := inner_jaxprs(eqn):
-        return has_collective(*inner)
+        if name == "shard_map":
+            inner_axes |= frozenset(params["newly_manual_axes"])
+        elif name == "xla_pmap":
+            inner_axes |= {params["axis_name"]}
+        return any(_is_collective(e, inner_axes) for j in inner for e in j.eqns)
     # `ppermute` and some others have no effect.
-    named = any(isinstance(e, _core.NamedAxisEffect) for e in eqn.effects)
-    return named or "axis_name" in eqn.params
+    axes = params.get("axis_name", ())
+    names = {e.name for e in eqn.effects if isinstance(e, _core.NamedAxisEffect)}
+    names.update(axes if isinstance(axes, (tuple, list)) else (axes,))
+    return not names <= inner_axes
 
 
 def acts(eqn: Any) -> bool:
@@ -522,30 +532,42 @@ def custom_jvp_rule(params: dict[str, Any]) -> Callable[..., list[Any]]:
     return jvp.call_wrapped
 
 
-def rules_have_state(eqn: Any, within: tuple[Any, ...] = ()) -> bool:
-    """Whether a rule of custom derivatives has state, of an equation that is or contains such a function.
+class Rules(NamedTuple):
+    """What the rules of custom derivatives do that a function does not."""
 
-    Nothing but to trace them tells. `within` are the functions of whose rules the equation is a part.
-    """
-    if any(rules_have_state(e, within) for jaxpr in inner_jaxprs(eqn) for e in jaxpr.eqns):
-        return True
-    if eqn.primitive.name not in RULES:
-        return False
-    info = open_jaxpr(eqn.params["call_jaxpr"]).debug_info
-    this = info and info.func_src_info, tuple(str(v.aval) for v in eqn.invars)
-    if this in within:  # a rule may call the function that it is of
-        return False
-    try:
-        rules = _traced_rules(eqn)
-    except Exception:  # only JAX knows how to call it
-        return True
-    return has_state(*rules) or any(
-        rules_have_state(e, (*within, this)) for rule in rules for e in open_jaxpr(rule).eqns
-    )
+    have_state: bool
+    act: bool
 
 
-def _traced_rules(eqn: Any) -> list[Any]:
+def look_into_rules(eqn: Any, seen: dict[Any, Rules] | None = None) -> Rules:
+    """What is in the rules of an equation that is or contains functions with such: nothing but to trace them
+    tells. `seen` are the functions that have been looked at."""
+    seen = {} if seen is None else seen
+    found = [look_into_rules(e, seen) for jaxpr in inner_jaxprs(eqn) for e in jaxpr.eqns]
+    if eqn.primitive.name in RULES:
+        info = open_jaxpr(eqn.params["call_jaxpr"]).debug_info
+        this = info and info.func_src_info, tuple(str(v.aval) for v in eqn.invars)
+        if this not in seen:
+            seen[this] = Rules(False, False)  # a rule may call the function that it is of
+            traced = _traced_rules(eqn)
+            if traced is None:
+                seen[this] = Rules(True, True)
+            else:
+                eqns = [e for rule in traced for e in open_jaxpr(rule).eqns]
+                inner = [look_into_rules(e, seen) for e in eqns]
+                seen[this] = _either([Rules(has_state(e), acts(e)) for e in eqns] + inner)
+        found.append(seen[this])
+    return _either(found)
+
+
+def _either(found: Sequence[Rules]) -> Rules:
+    return Rules(any(r.have_state for r in found), any(r.act for r in found))
+
+
+def _traced_rules(eqn: Any) -> list[Any] | None:
+    """The rules as jaxprs, or None where only JAX knows how to call one."""
     avals = [v.aval for v in eqn.invars]
+    make = jax.make_jaxpr
     if eqn.primitive.name == "custom_jvp_call":
         half = len(avals)
 
@@ -560,12 +582,19 @@ def _traced_rules(eqn: Any) -> list[Any]:
             ]
 
         inexact = lambda a: jax.numpy.issubdtype(a.dtype, jax.numpy.inexact)
-        return [jax.make_jaxpr(rule)(*avals, *[a if inexact(a) else None for a in avals])]
+        try:
+            return [make(rule)(*avals, *[a if inexact(a) else None for a in avals])]
+        except Exception:
+            return None
     forward, backward = custom_vjp_rules(eqn.params)
-    fwd, (res, outs) = jax.make_jaxpr(forward, return_shape=True)(*avals)
-    bwd = jax.make_jaxpr(lambda res, cts: [c for c in backward(res, cts) if c is not None])(
-        res, outs
-    )
+    try:
+        fwd, (res, outs) = make(forward, return_shape=True)(*avals)
+    except Exception:
+        return None
+    try:
+        bwd = make(lambda res, cts: [c for c in backward(res, cts) if c is not None])(res, outs)
+    except Exception:  # many a function has no derivative but says so; then it raises for JAX too
+        return [fwd]
     return [fwd, bwd]
 
 

@@ -28,6 +28,8 @@ __all__ = ["frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
 class _StatePrimitive(_jax.Primitive):
     def bind(self, *args, **params):
         _refused.check_flags()
+        if self is not get_p and _jax.in_parted_rule() == "custom_vmap":
+            _refuse_in_parted_rule("custom_vmap")
         # Staged is not yet differentiated or batched: what is refused below shows then.
         staged = _jax.stage(self, args, params)
         return super().bind(*args, **params) if staged is None else staged

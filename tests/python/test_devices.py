@@ -354,6 +354,34 @@ def test_derivatives_through_a_branch_with_a_collective(beside, vma):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("jit", [jax.jit, storax.jit])
+@pytest.mark.parametrize("name", ["psum", "all_gather", "ppermute"])
+def test_a_collective_of_lanes_within_shard_map(name, jit):
+    """In a branch: what lanes hear of each other is the same with state as without."""
+    index = per_device(vma=False)
+    talk = {
+        "psum": lambda x: lax.psum(x, "lanes"),
+        "all_gather": lambda x: lax.all_gather(x, "lanes").sum(0),
+        "ppermute": lambda x: lax.ppermute(x, ("lanes",), [(0, 1), (1, 2), (2, 0)]),
+    }[name]
+    lanes = jnp.array([1.0, 2.0, 4.0])
+
+    def program(state):
+        def on_device(x):
+            if state:
+                storax.set_state(index, get(index) + 1)
+            return talk(x)
+
+        def taken(x):
+            return shard(on_device, check_vma=False)(jnp.stack([x] * 4)).sum()
+
+        lane = lambda x: lax.cond(x > 1, taken, lambda x: x, x)
+        return jit(jax.value_and_grad(lambda x: jax.vmap(lane, axis_name="lanes")(x).sum()))
+
+    for got, want in zip(program(True)(lanes), program(False)(lanes), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 @pytest.mark.timeout(100, method="thread")  # XLA hears of no signal
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("jit", [jax.jit, storax.jit])

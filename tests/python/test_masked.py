@@ -502,8 +502,9 @@ PARTING = {
 
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("visible", [False, True], ids=["alone", "beside state"])
+@pytest.mark.parametrize("mapped", [False, True], ids=["direct", "mapped"])
 @pytest.mark.parametrize("parting", PARTING)
-def test_a_set_in_a_rule_of_custom_vmap(parting, visible, jit):
+def test_a_set_in_a_rule_of_custom_vmap(parting, mapped, visible, jit):
     """The rule has all lanes, and does not know which of them take the branch."""
     index, other, xs = storax.StateIndex(), storax.StateIndex(), jnp.arange(3.0)
     storax.set_state(other, jnp.float32(0))
@@ -512,7 +513,10 @@ def test_a_set_in_a_rule_of_custom_vmap(parting, visible, jit):
 
     @double.def_vmap
     def _(size, batched, x):
-        jax.vmap(lambda x: storax.set_state(index, x + 10))(x)
+        if mapped:
+            jax.vmap(lambda x: storax.set_state(index, x + 10))(x)
+        else:
+            storax.set_state(other, x.sum())
         return x * 2, batched[0]
 
     def f(x):
@@ -526,11 +530,13 @@ def test_a_set_in_a_rule_of_custom_vmap(parting, visible, jit):
     ):
         jit(jax.vmap(PARTING[parting](f)))(xs)
     np.testing.assert_array_equal(state(), [0, 0, 0])
+    assert storax.get_state(other, jnp.float32(0)) == 0
     everywhere = lambda x: lax.scan(
         lambda x, _: (lax.cond(True, f, f, x), None), x, None, length=1
     )[0]
     jit(jax.vmap(everywhere))(xs)
-    np.testing.assert_array_equal(state(), [10, 11, 12])
+    np.testing.assert_array_equal(state(), [10, 11, 12] if mapped else [0, 0, 0])
+    assert storax.get_state(other, jnp.float32(0)) == (visible if mapped else 3)
 
 
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])

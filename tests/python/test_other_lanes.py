@@ -437,6 +437,44 @@ def test_derivatives_through_a_branch_with_a_collective(name, where, how, levels
         np.testing.assert_allclose(derivative(with_state), want, rtol=1e-5, atol=1e-6)
 
 
+WITHIN = {
+    "jit": jax.jit,
+    "scan": lambda f: (
+        lambda w, x: lax.scan(lambda c, _: (c + f(w, x), None), 0.0, None, length=1)[0]
+    ),
+    "checkpoint": jax.checkpoint,
+    "cond": lambda f: lambda w, x: lax.cond(x > 2, f, f, w, x),
+    "cond for all": lambda f: lambda w, x: lax.cond(lax.psum(x, "lanes") > 0, f, f, w, x),
+}
+
+
+@pytest.mark.parametrize("name", ["psum", "log"])
+@pytest.mark.parametrize("within", WITHIN)
+def test_a_collective_in_a_branch_with_state_deeper_in_it(within, name):
+    """A derivative by what lanes share would be that of all lanes there."""
+    index = counter()
+    f = {
+        "psum": lambda w, x: lax.psum(w * x, "lanes"),
+        "log": lambda w, x: w * jnp.log(x) + lax.stop_gradient(lax.pmean(x, "lanes")),
+    }[name]
+
+    def program(add):
+        taken = WITHIN[within](lambda w, x: (add(), f(w, x))[1])
+        lane = lambda w, x: lax.cond(x > 0, taken, lambda w, x: 0 * x, w, x)
+        return lambda w, x: jax.vmap(lane, (None, 0), axis_name="lanes")(w, x).sum()
+
+    with_state, without = program(lambda: add_one(index)), program(lambda: None)
+    np.testing.assert_allclose(with_state(W, LANES), without(W, LANES), rtol=1e-6)
+    for run in (jax.grad, lambda f: lambda *args: jax.jvp(f, args, (1.0, LANES))[1]):
+        by_lane = lambda f, run=run: run(lambda x, _: f(W, x))(LANES, 0.0)
+        if run is jax.grad:
+            np.testing.assert_allclose(by_lane(with_state), by_lane(without), rtol=1e-6)
+        with pytest.raises(
+            NotImplementedError, match="derivative by what lanes share, through a `"
+        ):
+            jax.jit(run(with_state))(W, LANES)
+
+
 # --- State and custom derivatives of the same operand ----------------------------------------------
 
 PAIRS = jnp.array([1.0, 2.0])
@@ -451,8 +489,20 @@ def printed(x):
     return x
 
 
+def without_derivative(x):
+    """As of functions that say that they have none."""
+
+    def backward(_, ct):
+        raise NotImplementedError("no derivative")
+
+    f = jax.custom_vjp(lambda x: x * 1)
+    f.defvjp(lambda x: (x * 1, None), backward)
+    return f(lax.stop_gradient(x))
+
+
 IDENTITIES = {
     "relu": jax.nn.relu,
+    "without derivative": without_derivative,
     "custom_jvp": lambda x: CALLS["custom_jvp"](lambda x: [x])(x)[0],
     "custom_vjp": lambda x: CALLS["custom_vjp"](lambda x: [x])(x)[0],
     "in a jit": jax.jit(jax.nn.relu),
@@ -526,3 +576,55 @@ def test_a_rule_with_state_of_an_operand_that_leads_to_state(rule):
     np.testing.assert_array_equal(
         in_pairs(lambda x, y: storax.get_state(index, 0 * x * y)), [[1, 4.5], [4.5, 4]]
     )
+
+
+@pytest.mark.parametrize("rule", ["custom_jvp", "custom_vjp"])
+def test_a_rule_that_calls_back(rule):
+    index, seen = storax.StateIndex(), []
+    jax.vmap(lambda x: storax.set_state(index, x))(LANES)
+
+    def call_back(x):
+        jax.debug.callback(lambda x: seen.append(x), x)
+        return x * 1
+
+    identity = {
+        "custom_jvp": jax.custom_jvp(lambda x: x * 1),
+        "custom_vjp": jax.custom_vjp(lambda x: x * 1),
+    }[rule]
+    if rule == "custom_jvp":
+        identity.defjvp(lambda primals, tangents: (call_back(primals[0]), tangents[0] * 1))
+    else:
+        identity.defvjp(lambda x: (call_back(x), None), lambda _, ct: (ct * 1,))
+
+    def taken(w, x):
+        scaled = identity(x * w)
+        storax.set_state(index, lax.stop_gradient(scaled))
+        return w * scaled
+
+    f = lambda w, x: lax.cond(x > 1, taken, lambda w, x: w, w, x)
+    jax.jit(jax.grad(lambda w: jax.vmap(f, (None, 0))(w, LANES).sum()))(W)
+    storax.barrier()
+    jax.effects_barrier()
+    assert len(seen) == len(LANES)
+
+
+def test_rules_that_call_each_other_are_looked_at_once():
+    index, runs = storax.StateIndex(), []
+    jax.vmap(lambda x: storax.set_state(index, x))(LANES)
+    f = lambda x: x * 1
+    for _ in range(8):
+        inner, f = f, jax.custom_jvp(lambda x: x * 1)
+
+        def rule(primals, tangents, inner=inner):
+            runs.append(1)
+            return inner(primals[0]), inner(tangents[0]) + inner(primals[0])
+
+        f.defjvp(rule)
+
+    def taken(x):
+        y = f(x)
+        storax.set_state(index, y)
+        return y
+
+    jax.vmap(lambda x: lax.cond(x > 1, taken, lambda x: x, x))(LANES)
+    assert 0 < len(runs) < 50

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 
 import storax
 from jit.counting import counter
@@ -354,6 +355,22 @@ def test_pure_form_hits_the_persistent_cache(tmp_path):
 def test_memory_of_a_state_of_half_a_gibibyte():
     worker = Path(__file__).parents[3] / "benchmarks" / "memory_worker.py"
     assert float(subprocess.check_output([sys.executable, worker])) <= 0.8
+
+
+@pytest.mark.parametrize("pack", [None, False])
+def test_what_is_for_another_platform(pack):
+    """It is not lowered for this one, where it need not lower."""
+    _, count, read = counter()
+
+    def for_tpus(x):
+        kernel = pl.pallas_call(lambda a, o: None, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return kernel(x) * count()
+
+    f = lambda x: lax.platform_dependent(x, tpu=for_tpus, default=lambda x: x * 2 * count())
+    g = storax.jit(f, pack=pack)
+    for k in range(1, 4):
+        np.testing.assert_array_equal(g(jnp.ones((8, 128))), np.full((8, 128), 2 * k))
+    assert read() == 3
 
 
 @pytest.mark.parametrize("inline", [False, True])

@@ -2,7 +2,8 @@
 
 In the other lanes, what is in the branch has no finite derivative, or a loop that does not end. So a
 program under `vmap` must be what Python's loop over its lanes is, with a state for each, in its value and
-its derivatives. (The other random programs compute in whole numbers, and nothing of theirs is infinite.)
+its derivatives. With collectives in it, it must be what it is without state. (The other random programs
+compute in whole numbers, and nothing of theirs is infinite.)
 """
 
 import dataclasses
@@ -59,14 +60,15 @@ class Env:
     x: Any
     y: Any
     zero: Any  # of all the lanes around
+    of_start: Any  # what `start` holds
     counter: Any = None
-    start: Any = None  # holds `x` as the lane had it first
+    start: Any = None  # `x` as the lane had it first
 
     def arrays(self):
-        return self.w, self.x, self.y, self.zero
+        return self.w, self.x, self.y, self.zero, self.of_start
 
     def but(self, *arrays, **others):
-        names = ("w", "x", "y", "zero")[: len(arrays)]
+        names = ("w", "x", "y", "zero", "of_start")[: len(arrays)]
         return dataclasses.replace(self, **dict(zip(names, arrays, strict=True)), **others)
 
 
@@ -109,6 +111,14 @@ JITS = {
     "storax.jit, pure": lambda f: storax.jit(f, pack=False),
     "eager": lambda f: f,
 }
+# Of a lane's number, and the lanes' axis.
+COLLECTIVES = {
+    "psum": lax.psum,
+    "pmean": lambda x, axis: lax.stop_gradient(lax.pmean(x, axis)),
+    "ppermute": lambda x, axis: lax.ppermute(x, axis, [(0, 1), (1, 2), (2, 0)]),
+    "all_gather": lambda x, axis: lax.all_gather(x, axis)[0],
+    "axis_index": lambda x, axis: x * lax.axis_index(axis),
+}
 # The rest takes what it uses as arguments.
 CLOSING = ("jit", "jit_inline", *[name for name in CALLS if name.startswith("checkpoint")])
 
@@ -127,10 +137,11 @@ def derivatives_of(node: Node) -> list[str]:
 
 
 class Run:
-    """Runs a piece with `vmap`, or lane by lane with states of each lane's own."""
+    """Runs a piece with `vmap`, or lane by lane with states of each lane's own; or without any state."""
 
-    def __init__(self, vmapped: bool):
-        self.vmapped = vmapped
+    def __init__(self, piece: Node, vmapped: bool, state: bool):
+        self.vmapped, self.state = vmapped, state
+        self.talks = talks(piece)  # with and without state it is to come to the same
         self.indices: dict = {}
 
     def index(self, *name):
@@ -153,7 +164,9 @@ class Run:
         return getattr(self, "do_" + node.kind)(env, node.how, *node.of)
 
     def number(self, what, env):
-        return self.get(env.start, env) if what == "start" else NUMBERS[what](env)
+        if what != "start":
+            return NUMBERS[what](env)
+        return self.get(env.start, env) if self.state else env.of_start
 
     def do_smooth(self, env, how):
         return env.w * env.w * (env.x + env.y * 0.5) + jnp.sin(env.w)
@@ -174,6 +187,8 @@ class Run:
         storax.set_state(index, lax.stop_gradient(value + env.zero))
 
     def do_bump(self, env, how, piece):
+        if not self.state:
+            return self(piece, env)
         like, by, first = how
         value = 0.0 if first else self(piece, env)
         add = {
@@ -185,6 +200,7 @@ class Run:
         }[by]()
         got = self.get(env.counter, env, like)
         self.set(env.counter, env, got + add)
+        got = 0 * got if self.talks else got
         return got * env.w + (self(piece, env) if first else value)
 
     # Control flow
@@ -217,7 +233,7 @@ class Run:
         trips = jnp.int32(jnp.clip(jnp.ceil(lax.stop_gradient(env.x)), 0, 2))
 
         def goes_on(carry):
-            if how == "counts":
+            if how == "counts" and self.state:
                 self.set(env.counter, env, self.get(env.counter, env) + 1)
             return carry[0] < trips
 
@@ -237,6 +253,11 @@ class Run:
             return wrap(lambda: [self(piece, env)])()[0]
         return wrap(lambda *arrays: [self(piece, env.but(*arrays))])(*env.arrays())[0]
 
+    def do_talk(self, env, how, piece):
+        name, number = how
+        value = self(piece, env)
+        return value + env.w * COLLECTIVES[name](value, f"lanes{number}")
+
     def do_derivative(self, env, how, piece):
         return DERIVATIVES[how](lambda w: self(piece, env.but(w)))(env.w)
 
@@ -248,34 +269,45 @@ class Run:
             zero = env.zero + 0 * lax.stop_gradient(sum(arrays.values()))
             counter, start = (self.index(number, slot, *where) for slot in (0, 1))
             inside = env.but(**arrays, zero=zero, counter=counter, start=start)
+            inside = inside.but(of_start=lax.stop_gradient(inside.x))
+            if not self.state:
+                return self(piece, inside)
             self.set(counter, inside, 0.0)
             self.set(start, inside, inside.x)
-            return self(piece, inside) + inside.w * self.get(counter, inside)
+            value = self(piece, inside)
+            last = self.get(counter, inside)
+            return value if self.talks else value + inside.w * last
 
         if not self.vmapped:
             around = id(env.counter)
             size = max(map(len, offsets.values()))
             lanes = [{name: a[k] for name, a in arrays.items()} for k in range(size)]
             return sum(lane(a, around, k) for k, a in enumerate(lanes))
+        name = f"lanes{number}"
         if axis == 0:
-            return jax.vmap(lane)(arrays).sum()
+            return jax.vmap(lane, axis_name=name)(arrays).sum()
         rows = {name: jnp.stack([a, a + 1]) for name, a in arrays.items()}
         of_first = lambda rows: lane({name: r[0] for name, r in rows.items()})
-        return jax.vmap(of_first, in_axes=1)(rows).sum()
+        return jax.vmap(of_first, in_axes=1, axis_name=name)(rows).sum()
 
 
-def result(program: Program, vmapped: bool):
-    run = Run(vmapped)
-    if vmapped:
+def talks(piece: Node) -> bool:
+    """Whether lanes learn of each other."""
+    return piece.has(lambda n: n.kind == "talk")
+
+
+def result(program: Program, vmapped: bool, state: bool = True):
+    run = Run(program.piece, vmapped, state)
+    if vmapped and state:
         run.preset(program.piece)
 
     # All are arguments: of what it knows XLA computes loops while it compiles, whether or not they run.
     def f(w, *others):
         return DERIVATIVES[program.derivative](lambda w: run(program.piece, Env(w, *others)))(w)
 
-    jit = JITS[program.jit] if vmapped else jax.jit
+    jit = JITS[program.jit] if vmapped and state else jax.jit
     zero = jnp.float32(0)
-    return jit(f)(jnp.float32(1.5), zero, zero, zero)
+    return jit(f)(jnp.float32(1.5), zero, zero, zero, zero)
 
 
 # What JAX itself raises for such functions under vmap, also without state: a branch, or a `custom_vjp`, in a
@@ -290,12 +322,22 @@ REFUSED = (
 
 def check(program: Program) -> str | None:
     """What is wrong with a program."""
-    want = result(program, vmapped=False)
-    if not np.isfinite(want):  # too large
+    try:
+        if talks(program.piece):
+            want = result(program, vmapped=True, state=False)
+        else:
+            want = result(program, vmapped=False)
+    except Exception:
+        if talks(program.piece):  # JAX can't
+            return None
+        raise
+    if not np.isfinite(want):  # too large, or with collectives not what JAX can do
         return None
     try:
         got = result(program, vmapped=True)
     except Exception as e:
+        if talks(program.piece) and "a derivative by what lanes share" in str(e):
+            return None
         within_rule = program.piece.has(
             lambda n: n.kind == "call" and n.how[0].startswith("custom_jvp")
         )
@@ -321,6 +363,8 @@ class Maker:
     def __init__(self, number):
         self.number = number
         self.vmaps = self.derivatives = 0
+        # The vmaps around, if lanes may learn of each other.
+        self.around: list[int] | None = None if number(0, 3) else []
 
     def pick(self, choices):
         choices = list(choices)
@@ -337,9 +381,17 @@ class Maker:
             what = self.pick(sorted(known))
             if what == "x" and self.number(0, 3) == 3:
                 what = "start"
-            return Node("singular", (self.pick(SINGULAR), what))
-        kinds = ["branch"] * 4 + ["bump"] * 3 + ["call"] * 2 + ["scan", "sum", "loop"]
-        kinds += ["vmap"] * (self.vmaps < 3) + ["derivative"] * (self.derivatives < 1)
+            # With a collective beside it JAX's own loop may not end.
+            names = SINGULAR if self.around is None else SINGULAR.keys() - {"loop"}
+            return Node("singular", (self.pick(sorted(names)), what))
+        kinds = ["branch"] * 4 + ["bump"] * 3 + ["call"] * 2 + ["scan", "sum"]
+        # Of a loop with state, lanes that don't take the branch it is in don't let a collective know.
+        kinds += ["loop"] * (self.around is None)
+        kinds += (
+            ["talk"] * 3 * bool(self.around)
+            + ["vmap"] * (self.vmaps < 3)
+            + ["derivative"] * (self.derivatives < 1)
+        )
         return getattr(self, "make_" + self.pick(kinds))(known, deep - 1)
 
     def make_branch(self, known, deep):
@@ -371,6 +423,10 @@ class Maker:
         how = self.pick(["", "counts"])
         return Node("loop", how, (_with_state(self.piece(known | {"x"}, deep)),))
 
+    def make_talk(self, known, deep):
+        how = self.pick(COLLECTIVES), self.pick(self.around)
+        return Node("talk", how, (self.piece(known, deep),))
+
     def make_derivative(self, known, deep):
         self.derivatives += 1
         piece = self.piece(known, deep)
@@ -381,7 +437,11 @@ class Maker:
         number, axis = self.vmaps, self.number(0, 1)
         names = self.pick(["x", "xy", "y", "wx", "wxy"])
         offsets = {name: self.pick(OFFSETS[name]) for name in names}
+        if self.around is not None:
+            self.around.append(number)
         piece = self.piece(still_known(known, names), deep)
+        if self.around is not None:
+            self.around.pop()
         return Node("vmap", (number, axis, offsets), (piece,))
 
 

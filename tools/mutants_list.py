@@ -544,6 +544,13 @@ MUTANTS = [
         "other_lanes -k share",
     ),
     Mutant(
+        "a backward rule is traced outside of the axes",
+        "_masked_custom.py",
+        "with _jax.with_axes(axes):",
+        "with _jax.with_axes(()):",
+        "other_lanes -k backward_rule",
+    ),
+    Mutant(
         "rules that call back run for state and for the rest",
         "_control_flow.py",
         "acts = _jax.acts(eqn) or rules.act",

@@ -440,6 +440,16 @@ def acts_for_all_lanes(*jaxprs: Any) -> str | None:
     return None
 
 
+def axes_here() -> tuple[tuple[Any, int], ...]:
+    """The named axes, of vmaps and meshes, that a collective may be over, and their sizes."""
+    return tuple(_core.get_axis_env().axis_sizes.items())
+
+
+def with_axes(axes: tuple[tuple[Any, int], ...]) -> contextlib.AbstractContextManager[None]:
+    """Where a rule is traced of which JAX knows the axes by the values it is given."""
+    return _core.extend_axis_env_nd(axes)
+
+
 @contextlib.contextmanager
 def equation_context(eqn: Any) -> Iterator[None]:
     """Where an equation is evaluated again: under its own name scopes and configuration."""

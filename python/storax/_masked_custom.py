@@ -60,6 +60,7 @@ def _zero_tangent(x: Any) -> Any:
 def mask_custom_vjp(masked: Masked, params: dict[str, Any], ins: list[Any], mask: Any) -> list[Any]:
     forward, backward = _jax.custom_vjp_rules(params)
     call = jax.custom_vjp(lambda mask, *args: masked(params["call_jaxpr"], mask, args))
+    axes = _jax.axes_here()  # which JAX has left when it runs the backward pass
 
     def fwd(mask, *args):
         num_res = 0
@@ -82,7 +83,8 @@ def mask_custom_vjp(masked: Masked, params: dict[str, Any], ins: list[Any], mask
             zeros[:] = [ct is None for ct in out]
             return [ct for ct in out if ct is not None]
 
-        made = iter(_run_masked(masked, flat, mask, [*res, *cts]))
+        with _jax.with_axes(axes):
+            made = iter(_run_masked(masked, flat, mask, [*res, *cts]))
         return (None, *[None if z else next(made) for z in zeros])
 
     call.defvjp(fwd, bwd)

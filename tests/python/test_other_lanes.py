@@ -437,6 +437,30 @@ def test_derivatives_through_a_branch_with_a_collective(name, where, how, levels
         np.testing.assert_allclose(derivative(with_state), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["in it", "beside it"])
+@pytest.mark.parametrize("talk", [total, neighbour])
+def test_a_collective_in_a_backward_rule_in_a_branch(talk, where):
+    """JAX runs the rule after it has left the `vmap`."""
+    index = counter()
+    f = CALLS["custom_vjp"](lambda w, x: [talk(w * x)])
+
+    def program(add):
+        def taken(w, x):
+            if where == "in it":
+                add(w)
+            return f(w, x)[0]
+
+        other = lambda w, x: (add(w), w)[1] if where == "beside it" else w
+        lane = lambda w, x: lax.cond(x > 0, taken, other, w, x)
+        return lambda w: jax.vmap(lane, (None, 0), axis_name="lanes")(w, LANES).sum()
+
+    want = jax.grad(program(lambda w: None))(W)
+    for jit in (lambda f: f, jax.jit):
+        np.testing.assert_allclose(
+            jit(jax.grad(program(lambda w: add_one(index))))(W), want, rtol=1e-6
+        )
+
+
 WITHIN = {
     "jit": jax.jit,
     "scan": lambda f: (

@@ -385,13 +385,13 @@ class Maker:
             names = SINGULAR if self.around is None else SINGULAR.keys() - {"loop"}
             return Node("singular", (self.pick(sorted(names)), what))
         kinds = ["branch"] * 4 + ["bump"] * 3 + ["call"] * 2 + ["scan", "sum"]
-        # Of a loop with state, lanes that don't take the branch it is in don't let a collective know.
-        kinds += ["loop"] * (self.around is None)
-        kinds += (
-            ["talk"] * 3 * bool(self.around)
-            + ["vmap"] * (self.vmaps < 3)
-            + ["derivative"] * (self.derivatives < 1)
-        )
+        kinds += ["vmap"] * (self.vmaps < 3)
+        if self.around is None:
+            kinds += ["loop"] + ["derivative"] * (self.derivatives < 1)
+        elif self.around:
+            # Of a loop with state, lanes that don't take the branch it is in don't let a collective know.
+            # And the `grad` of a branch with one is under JAX's vmap one thing with jit, another without.
+            kinds += ["talk"] * 3
         return getattr(self, "make_" + self.pick(kinds))(known, deep - 1)
 
     def make_branch(self, known, deep):

@@ -558,10 +558,17 @@ MUTANTS = [
         "other_lanes -k calls_back",
     ),
     Mutant(
-        "rules are looked at each time they are called",
+        "functions made in one place are taken for one",
         "_jax.py",
-        "        if this not in seen:",
-        "        if True:",
+        "_LOOKS, _TURNS = 50, 3",
+        "_LOOKS, _TURNS = 50, 1",
+        "other_lanes -k made_in_one",
+    ),
+    Mutant(
+        "rules are looked at for ever",
+        "_jax.py",
+        "_LOOKS, _TURNS = 50, 3",
+        "_LOOKS, _TURNS = 5000, 3000",
         "other_lanes -k looked_at",
     ),
     Mutant(

@@ -549,24 +549,27 @@ class Rules(NamedTuple):
     act: bool
 
 
-def look_into_rules(eqn: Any, seen: dict[Any, Rules] | None = None) -> Rules:
+# So often rules are traced to look into one equation, and so often those of a function that its own call.
+_LOOKS, _TURNS = 50, 3
+
+
+def look_into_rules(
+    eqn: Any, within: tuple[Any, ...] = (), looks: Iterator[int] | None = None
+) -> Rules:
     """What is in the rules of an equation that is or contains functions with such: nothing but to trace them
-    tells. `seen` are the functions that have been looked at."""
-    seen = {} if seen is None else seen
-    found = [look_into_rules(e, seen) for jaxpr in inner_jaxprs(eqn) for e in jaxpr.eqns]
+    tells. `within` are the functions in whose rules it is."""
+    looks = iter(range(_LOOKS)) if looks is None else looks
+    found = [look_into_rules(e, within, looks) for j in inner_jaxprs(eqn) for e in j.eqns]
     if eqn.primitive.name in RULES:
         info = open_jaxpr(eqn.params["call_jaxpr"]).debug_info
+        # The same function, or another made in the same place.
         this = info and info.func_src_info, tuple(str(v.aval) for v in eqn.invars)
-        if this not in seen:
-            seen[this] = Rules(False, False)  # a rule may call the function that it is of
-            traced = _traced_rules(eqn)
+        if within.count(this) < _TURNS:
+            traced = None if next(looks, None) is None else _traced_rules(eqn)
             if traced is None:
-                seen[this] = Rules(True, True)
-            else:
-                eqns = [e for rule in traced for e in open_jaxpr(rule).eqns]
-                inner = [look_into_rules(e, seen) for e in eqns]
-                seen[this] = _either([Rules(has_state(e), acts(e)) for e in eqns] + inner)
-        found.append(seen[this])
+                return Rules(True, True)  # as if they did: it is right but in some nested vmaps
+            for e in (e for rule in traced for e in open_jaxpr(rule).eqns):
+                found += [Rules(has_state(e), acts(e)), look_into_rules(e, (*within, this), looks)]
     return _either(found)
 
 

@@ -525,7 +525,7 @@ MUTANTS = [
     Mutant(
         "what has rules is of what state depends on",
         "_control_flow.py",
-        "rules = _jax.look_into_rules(eqn)",
+        "rules = _jax.look_into_rules(eqn, looked)",
         "rules = _jax.Rules(*[_jax.has_primitive(eqn, *_jax.RULES)] * 2)",
         "other_lanes -k share",
     ),

@@ -86,6 +86,7 @@ def _masked(jaxpr, consts, mask, args, fills, for_state=None):
     env_of_state = dict(for_state or {})
     own = collections.ChainMap(env_of_state, env)
     into_state = reaching_state(jaxpr) if env_of_state else ()
+    looked: dict[int, Any] = {}
 
     def run(eqn, env):
         ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
@@ -99,7 +100,7 @@ def _masked(jaxpr, consts, mask, args, fills, for_state=None):
             env.update(run(eqn, env))
             continue
         leads = any(v in into_state for v in eqn.outvars)
-        rules = _jax.look_into_rules(eqn)
+        rules = _jax.look_into_rules(eqn, looked)
         acts = _jax.acts(eqn) or rules.act
         if _jax.has_state(eqn) or rules.have_state or (leads and acts):  # it is to happen once
             ins = {v: own[v] for v in variables}

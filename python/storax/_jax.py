@@ -549,17 +549,26 @@ class Rules(NamedTuple):
     act: bool
 
 
-# So often rules are traced to look into one equation, and so often those of a function that its own call.
+# So often rules are traced to look into one function, and so often those of a function that its own call.
 _LOOKS, _TURNS = 50, 3
 
 
-def look_into_rules(
-    eqn: Any, within: tuple[Any, ...] = (), looks: Iterator[int] | None = None
-) -> Rules:
+def look_into_rules(eqn: Any, looked: dict[int, tuple[Any, Rules]]) -> Rules:
     """What is in the rules of an equation that is or contains functions with such: nothing but to trace them
-    tells. `within` are the functions in whose rules it is."""
-    looks = iter(range(_LOOKS)) if looks is None else looks
-    found = [look_into_rules(e, within, looks) for j in inner_jaxprs(eqn) for e in j.eqns]
+    tells. `looked` has what is known of jaxprs, by their id; each call of one function has the same."""
+    found = []
+    for jaxpr in inner_jaxprs(eqn):
+        if id(jaxpr) not in looked:
+            looked[id(jaxpr)] = jaxpr, _either([look_into_rules(e, looked) for e in jaxpr.eqns])
+        found.append(looked[id(jaxpr)][1])
+    if eqn.primitive.name in RULES:
+        found.append(_look(eqn, (), iter(range(_LOOKS))))
+    return _either(found)
+
+
+def _look(eqn: Any, within: tuple[Any, ...], looks: Iterator[int]) -> Rules:
+    """`within` are the functions in whose rules the equation is."""
+    found = [_look(e, within, looks) for j in inner_jaxprs(eqn) for e in j.eqns]
     if eqn.primitive.name in RULES:
         info = open_jaxpr(eqn.params["call_jaxpr"]).debug_info
         # The same function, or another made in the same place.
@@ -569,7 +578,7 @@ def look_into_rules(
             if traced is None:
                 return Rules(True, True)  # as if they did: it is right but in some nested vmaps
             for e in (e for rule in traced for e in open_jaxpr(rule).eqns):
-                found += [Rules(has_state(e), acts(e)), look_into_rules(e, (*within, this), looks)]
+                found += [Rules(has_state(e), acts(e)), _look(e, (*within, this), looks)]
     return _either(found)
 
 

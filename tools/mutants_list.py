@@ -530,11 +530,11 @@ MUTANTS = [
         "other_lanes -k share",
     ),
     Mutant(
-        "rules with state run for state and for the rest",
+        "what rules set gets the axes of every vmap",
         "_control_flow.py",
         " or rules.have_state or",
         " or",
-        "other_lanes -k rule_with_state",
+        "other_lanes -k rule_sets",
     ),
     Mutant(
         "what only prints is of what state depends on",

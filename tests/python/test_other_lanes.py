@@ -508,9 +508,10 @@ def in_pairs(f):
     return jax.vmap(lambda x: jax.vmap(lambda y: f(x, y))(PAIRS))(PAIRS)
 
 
+@jax.jit
 def printed(x):
     jax.debug.callback(lambda x: None, x)
-    return x
+    return x + 0
 
 
 def without_derivative(x):
@@ -660,7 +661,7 @@ def test_rules_of_functions_made_in_one_place():
     in_pairs(lambda x, y: storax.set_state(index, x * y))
 
     def make(inner, count):
-        f = jax.custom_jvp(lambda x: inner(x) * 1)
+        f = jax.custom_jvp(lambda x: x * 1)
 
         def rule(primals, tangents):
             if count:
@@ -684,3 +685,28 @@ def test_rules_of_functions_made_in_one_place():
     assert storax.get_state(calls, jnp.float32(0)) == 0
     jax.jit(slope(slope(in_lanes)))(W)  # the outer one's rule calls the inner one
     assert storax.get_state(calls, jnp.float32(0)) == 1
+
+
+def test_a_rule_sets_a_state_of_some_levels():
+    """What it sets is of the inner lanes alone, as in a branch."""
+    index, other = storax.StateIndex(), storax.StateIndex()
+    for i in (index, other):
+        jax.vmap(lambda y, i=i: storax.set_state(i, 0 * y))(PAIRS)
+    identity = jax.custom_jvp(lambda x: x * 1)
+
+    @identity.defjvp
+    def _(primals, tangents):
+        storax.set_state(other, lax.stop_gradient(primals[0]))
+        return primals[0] * 1, tangents[0] * 1
+
+    def taken(x, y):
+        storax.set_state(index, lax.stop_gradient(y))
+        return x * identity(y)
+
+    lane = lambda x, y: lax.cond(x != y, taken, lambda x, y: y, x, y)
+    in_lanes = lambda ys: jax.vmap(lambda x: jax.vmap(lambda y: lane(x, y))(ys))(PAIRS).sum()
+    np.testing.assert_array_equal(jax.jit(jax.grad(in_lanes))(PAIRS), [2 + 1, 1 + 1])
+    for i in (index, other):
+        np.testing.assert_array_equal(
+            jax.vmap(lambda y, i=i: storax.get_state(i, 0 * y))(PAIRS), PAIRS
+        )

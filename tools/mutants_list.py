@@ -604,7 +604,7 @@ MUTANTS = [
         "_jax.py",
         "return not names <= inner_axes",
         "return bool(names)",
-        "devices masked",
+        "devices -k of_devices_within",
     ),
     Mutant(
         "a set in the rule of a custom_vmap is staged",

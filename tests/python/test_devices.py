@@ -382,6 +382,24 @@ def test_a_collective_of_lanes_within_shard_map(name, jit):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.timeout(60, method="thread")  # XLA hears of no signal
+def test_a_collective_of_devices_within_a_branch():
+    """It is none of the lanes: those that don't take the branch run no loop in it that would not end."""
+    index = per_device(vma=False)
+
+    def on_device(x):
+        storax.set_state(index, get(index) + 1)
+        return lax.psum(x, "i")
+
+    def taken(x):
+        loop = lax.while_loop(lambda v: v < 4, lambda v: v * 2, x)
+        return loop + shard(on_device, check_vma=False)(jnp.stack([x] * 4)).sum()
+
+    lane = lambda x: lax.cond(x > 0, taken, lambda x: x, x)
+    got = jax.jit(jax.vmap(lane))(jnp.array([0.0, 1.0, 3.0]))
+    np.testing.assert_array_equal(got, [0, 4 + 16, 6 + 48])
+
+
 @pytest.mark.timeout(100, method="thread")  # XLA hears of no signal
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("jit", [jax.jit, storax.jit])

@@ -581,7 +581,7 @@ MUTANTS = [
     Mutant(
         "a derivative by what lanes share goes past a collective",
         "_control_flow.py",
-        "            if not fills and eqn.primitive not in _OPERATIONS:",
+        "            if not fills and eqn.primitive not in OPERATIONS:",
         "            if False:",
         "other_lanes -k deeper_in_it",
     ),

@@ -23,7 +23,7 @@ from jax import lax
 from . import _jax, _unknown_jax
 from ._guard import FILLED, fill, fill_operands, of_own_lanes, reaching_state
 from ._masked_custom import mask_custom_jvp, mask_custom_vjp
-from ._primitives import get_p, set_masked_p, set_p
+from ._primitives import OPERATIONS, get_p, set_masked_p
 
 __all__ = ["install"]
 
@@ -56,7 +56,6 @@ def _(mask, *operands, params, fills):
     return list(params["body_jaxpr"].out_avals), effects
 
 
-_OPERATIONS = (get_p, set_p, set_masked_p)
 # What differs from lane to lane of itself.
 _OWN = ("axis_index",)
 
@@ -104,7 +103,7 @@ def _masked(jaxpr, consts, mask, args, fills, for_state=None):
         acts = _jax.acts(eqn) or rules.act
         if _jax.has_state(eqn) or rules.have_state or (leads and acts):  # it is to happen once
             ins = {v: own[v] for v in variables}
-            if not fills and eqn.primitive not in _OPERATIONS:
+            if not fills and eqn.primitive not in OPERATIONS:
                 ins = of_own_lanes(mask, ins, eqn.primitive.name)
             env.update(run(eqn, ins))
         else:

@@ -16,6 +16,7 @@ from jax import lax
 
 from . import _core, _jax
 from ._primitives import (
+    OPERATIONS,
     arrays,
     get_p,
     masked_update,
@@ -27,8 +28,6 @@ from ._primitives import (
 from ._slot import laid_out_as
 
 __all__ = ["NotHoistableError", "Use", "run", "uses"]
-
-_OPERATIONS = (get_p, set_p, set_masked_p)
 
 State = dict[int, list[Any]]
 
@@ -101,7 +100,7 @@ def _collect(jaxpr: Any, found: dict[int, Use], mapped: set[int], once: bool, al
     for eqn in jaxpr.eqns:
         if not _jax.has_state(eqn):
             continue
-        if eqn.primitive in _OPERATIONS:
+        if eqn.primitive in OPERATIONS:
             use = found.get(eqn.params["slot"])
             whole = eqn.primitive is set_p and eqn.params["rows"] is None
             if use is None:
@@ -123,9 +122,9 @@ def _mapped_slots(eqn: Any) -> set[int]:
     slots = set()
     for jaxpr in _jax.inner_jaxprs(eqn):
         for inner in jaxpr.eqns:
-            if inner.primitive in _OPERATIONS and inner.params["mesh"]:
+            if inner.primitive in OPERATIONS and inner.params["mesh"]:
                 slots.add(inner.params["slot"])
-            elif inner.primitive in _OPERATIONS:
+            elif inner.primitive in OPERATIONS:
                 raise NotHoistableError(
                     f"storax: state inside `{eqn.primitive.name}` is not supported over several "
                     "devices, or elsewhere than on a CPU. Move the get and set out of it."
@@ -191,7 +190,7 @@ _FALLIBLE = ("pure_callback", "io_callback", "debug_callback", "ffi_call")
 
 
 def _may_fail(eqn: Any) -> bool:
-    if eqn.primitive in _OPERATIONS:
+    if eqn.primitive in OPERATIONS:
         return bool(eqn.params["mesh"])  # the others become values
     return eqn.primitive.name in _FALLIBLE or any(
         _may_fail(inner) for jaxpr in _jax.inner_jaxprs(eqn) for inner in jaxpr.eqns

@@ -22,7 +22,7 @@ from jax import lax
 from . import _core, _jax, _refused, _store, _unknown_jax
 from ._slot import structure_at
 
-__all__ = ["frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
+__all__ = ["OPERATIONS", "frozen_p", "get_p", "leaf_mask", "set_masked_p", "set_p"]
 
 
 class _StatePrimitive(_jax.Primitive):
@@ -65,6 +65,7 @@ def _refuse_in_parted_rule(of):
 get_p = _StatePrimitive("get_state")
 set_p = _StatePrimitive("set_state")
 set_masked_p = _StatePrimitive("set_state_masked")
+OPERATIONS = (get_p, set_p, set_masked_p)
 frozen_p = _jax.Primitive("frozen_state")
 for _p in (get_p, set_p, set_masked_p, frozen_p):
     _p.multiple_results = True

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from . import _jax, _unknown_jax
-from ._guard import FILLED, fill, fill_operands, of_own_lanes, reaching_state
+from ._guard import OURS, fill, fill_operands, mark_branches, of_own_lanes, reaching_state
 from ._masked_custom import mask_custom_jvp, mask_custom_vjp
 from ._primitives import OPERATIONS, get_p, set_masked_p
 
@@ -496,7 +496,7 @@ def _wrap_cond(original):
         if not _jax.has_state(*branches):
             if dims[0] is None:
                 return original(axis_data, args, dims, **params)
-            if not any(_has_primitive(b, *FILLED) for b in branches):
+            if not any(_has_primitive(b, *OURS) for b in branches):
                 return original(_jax.as_parted(axis_data), args, dims, **params)
         _unknown_jax.require("vmap of control flow")
         if dims[0] is None or "branches_platforms" in params:
@@ -540,6 +540,7 @@ def install() -> None:
     _jax.wrap_batching(lax.scan_p, _wrap_scan)
     _jax.wrap_batching(lax.cond_p, _wrap_cond)
     _jax.wrap_batching(lax.while_p, _wrap_while)
+    _jax.wrap_splitting(lax.cond_p, mark_branches)
     _jax.wrap_check_of_while(_while_with_predicate)
     _jax.define_batching(masked_cond_p, _batch_masked_cond)
     _jax.define_batching(masked_while_p, _batch_masked_while)

@@ -24,7 +24,7 @@ from jax import lax
 
 from . import _jax
 
-__all__ = ["FILLED", "fill", "fill_operands", "install", "of_own_lanes", "reaching_state"]
+__all__ = ["OURS", "fill", "fill_operands", "install", "of_own_lanes", "reaching_state"]
 
 # One lane's values, as they are, under the mask of whether the lane counts. Of each: whether it must keep
 # its batch axes, as state depends on it, and whether it is filled in any case. With `own_values` none is,
@@ -35,8 +35,11 @@ fill_p = _jax.Primitive("fill")
 fill_lanes_p = _jax.Primitive("fill_lanes")
 for _p in (fill_p, fill_lanes_p):
     _p.multiple_results = True
-# Of what has been filled there are these.
-FILLED = (fill_p.name, fill_lanes_p.name)
+# What goes into a loop in a branch with state. What a derivative takes off from that branch, to run in a
+# backward pass, has no state, but the loop perhaps, which must not run for other lanes there either.
+of_branch_p = _jax.Primitive("of_branch")
+# What has these is a branch of ours.
+OURS = (fill_p.name, fill_lanes_p.name, of_branch_p.name)
 
 
 def fill(mask: Any, values: Sequence[Any], filled: bool = True) -> list[Any]:
@@ -70,6 +73,25 @@ def fill_operands(
 def reaching_state(jaxpr: Any) -> set[Any]:
     """The variables of an open jaxpr that operations on state depend on."""
     return _reaching(jaxpr, lambda eqn: eqn.invars if _jax.has_state(eqn) else ())
+
+
+def mark_branches(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a `cond`; if it has state, each of its loops is known to be of such a one."""
+    branches = params["branches"]
+    eqns = [e for branch in branches for e in _jax.open_jaxpr(branch).eqns]
+    with_state = any(e.primitive is of_branch_p or _jax.has_state(e) for e in eqns)
+    if not (with_state and any(map(_may_loop, eqns))):
+        return params
+    return {**params, "branches": tuple(map(_marked, branches))}
+
+
+def _may_loop(eqn):
+    return _jax.has_primitive(eqn, "while", *_jax.RULES)
+
+
+@_jax.remembered_by_jaxpr
+def _marked(branch):
+    return _jax.jaxpr_with_marks(branch, of_branch_p, _may_loop)
 
 
 # --- What depends on what --------------------------------------------------------------------------
@@ -257,6 +279,7 @@ def install() -> None:
     _jax.define_batching(own_p, _batch_own)
     _jax.define_jvp(own_p, _jvp_of_own)
     _jax.define_lowering(own_p, lambda ctx, mask, x, **_: [x])
+    _jax.define_identity(of_branch_p)
     same = lambda mask, *values, **_: list(values)
     fill_p.def_impl(same)
     fill_p.def_abstract_eval(same)

@@ -56,7 +56,7 @@ _effects = _private("effects")  # the registries of effects
 _pjit = _private("pjit")  # when a call may take the C++ path
 _shard_map = _private("shard_map")  # shard_map_p
 _source_info = _private("source_info_util")  # equations that we stage ourselves
-_util = _private("util")  # how abstract evaluation is remembered
+_util = _private("util")  # how abstract evaluation, and what is made of jaxprs, is remembered
 _ad = _private("interpreters.ad")
 _lu = _private("linear_util")  # wrap_init, for the rules of custom derivatives
 _batching = _private("interpreters.batching")  # fancy_primitive_batchers, AxisData
@@ -347,6 +347,29 @@ def has_state(*jaxprs: Any) -> bool:
 def open_jaxpr(jaxpr: Any) -> Any:
     """The jaxpr inside a closed one. Since 0.12 there is only one class, and this is the identity."""
     return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+
+
+# A function of a jaxpr, which remembers what it gave for it.
+remembered_by_jaxpr = _util.weakref_lru_cache
+
+
+def jaxpr_with_marks(jaxpr: Any, mark: Any, where: Callable[[Any], bool]) -> Any:
+    """A closed jaxpr with the primitive `mark`, an identity, on the operands of these equations."""
+    body = open_jaxpr(jaxpr)
+    eqns = []
+    for eqn in body.eqns:
+        if where(eqn):
+            operands = []
+            for v in eqn.invars:
+                if not isinstance(v, Literal) and isinstance(v.aval, _core.ShapedArray):
+                    marked = _core.Var(v.aval)
+                    eqns.append(_core.new_jaxpr_eqn([v], [marked], mark, {}, set()))
+                    v = marked
+                operands.append(v)
+            eqn = eqn.replace(invars=operands)
+        eqns.append(eqn)
+    body = body.replace(eqns=eqns)
+    return body if body.__class__ is jaxpr.__class__ else _core.ClosedJaxpr(body, jaxpr.consts)
 
 
 def call_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
@@ -662,6 +685,15 @@ def define_jvp(primitive: Any, rule: Callable[..., Any]) -> None:
     _ad.primitive_jvps[primitive] = rule
 
 
+def define_identity(primitive: Any) -> None:
+    """An operation of one value, that it gives back: it is one on tangents and cotangents too."""
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda x: x)
+    _batching.defvectorized(primitive)
+    _ad.deflinear2(primitive, lambda ct, _: [primitive.bind(ct)])
+    define_lowering(primitive, lambda ctx, x: [x])
+
+
 def zero_tangent(x: Any) -> Any:
     return Zero(_core.typeof(x).to_tangent_aval())
 
@@ -932,6 +964,30 @@ def wrap_batching(primitive: Any, make: Callable[[Callable[..., Any]], Callable[
     """Replaces a JAX primitive's batching rule by `make(rule)`."""
     original = _batching.fancy_primitive_batchers[primitive]
     _batching.fancy_primitive_batchers[primitive] = functools.wraps(original)(make(original))
+
+
+def wrap_splitting(primitive: Any, prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Where JAX takes a primitive apart into what is differentiated and the rest: of what it does so.
+
+    `prepare(params)` gives the parameters that are taken apart.
+    """
+    linearize = _ad.primitive_linearizations[primitive]
+    split = _pe.custom_partial_eval_rules[primitive]
+    split_in_remat = _pe.partial_eval_jaxpr_custom_rules[primitive]
+
+    def linearize_prepared(is_vjp, nonzeros, *primals, **params):
+        return linearize(is_vjp, nonzeros, *primals, **prepare(params))
+
+    def split_prepared(trace, *tracers, **params):
+        return split(trace, *tracers, **prepare(params))
+
+    def split_prepared_in_remat(saveable, unknown_in, instantiate_in, eqn):
+        eqn = eqn.replace(params=prepare(eqn.params))
+        return split_in_remat(saveable, unknown_in, instantiate_in, eqn)
+
+    _ad.primitive_linearizations[primitive] = linearize_prepared
+    _pe.custom_partial_eval_rules[primitive] = split_prepared
+    _pe.partial_eval_jaxpr_custom_rules[primitive] = split_prepared_in_remat
 
 
 def wrap_reductions(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

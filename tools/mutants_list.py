@@ -392,8 +392,8 @@ MUTANTS = [
     Mutant(
         "a cond in a mask forgets the mask",
         "_control_flow.py",
-        "lanes = takes_it if active is None else takes_it & active",
-        "lanes = takes_it",
+        "lanes = takes if active is None else takes & active",
+        "lanes = takes",
         "masked",
     ),
     Mutant(
@@ -406,7 +406,7 @@ MUTANTS = [
     Mutant(
         "other lanes go through a branch with what they have",
         "_control_flow.py",
-        "        out = _masked_and_filled(branch, mask, args, fills)",
+        "        out = _masked_and_filled(branch, mask, args, fills, takes)",
         "        out = masked(branch, mask, args, fills=fills)",
         "other_lanes -k shared and in_a_branch",
     ),
@@ -434,8 +434,8 @@ MUTANTS = [
     Mutant(
         "a collective hears of no inactive lanes",
         "_control_flow.py",
-        "        runs = lanes if fills else takes_it",
-        "        runs = lanes",
+        "    runs = lanes if fills else takes",
+        "    runs = lanes",
         "other_lanes -k collective",
     ),
     Mutant(
@@ -525,8 +525,8 @@ MUTANTS = [
     Mutant(
         "what state depends on is all that there is",
         "_control_flow.py",
-        "args, for_state = fill_operands(jaxpr, mask, args, own_values=not fills)",
-        "args, for_state = fill_operands(jaxpr, mask, args, own_values=not fills)[0], {}",
+        "args, for_state = fill_operands(jaxpr, mask if fills else takes, args, own_values=not fills)",
+        "args, for_state = fill_operands(jaxpr, mask, args)[0] if fills else args, {}",
         "other_lanes masked -k lanes_of_lanes or some_levels",
     ),
     Mutant(
@@ -546,7 +546,7 @@ MUTANTS = [
     Mutant(
         "a collective's branch passes derivatives on from every lane",
         "_control_flow.py",
-        "args, for_state = fill_operands(jaxpr, mask, args, own_values=not fills)",
+        "args, for_state = fill_operands(jaxpr, mask if fills else takes, args, own_values=not fills)",
         "args, for_state = fill_operands(jaxpr, mask, args) if fills else (args, {})",
         "other_lanes -k branch_with_a_collective",
     ),
@@ -563,6 +563,41 @@ MUTANTS = [
         '"filled": (not own_values,) * len(values)',
         '"filled": (True,) * len(values)',
         "other_lanes -k collective",
+    ),
+    Mutant(
+        "a collective's branch passes no derivative on from a lane that is not active",
+        "_control_flow.py",
+        "fill_operands(jaxpr, mask if fills else takes, args, own_values=not fills)",
+        "fill_operands(jaxpr, mask, args, own_values=not fills)",
+        "other_lanes -k passes_on_through",
+    ),
+    Mutant(
+        "a collective's branch leaves the other branches to what each lane has",
+        "_control_flow.py",
+        "fills = [fills and not _jax.has_collective(branch) for branch in branches]",
+        "fills = [fills and not _jax.has_collective(*branches)] * len(branches)",
+        "other_lanes -k hangs_for",
+    ),
+    Mutant(
+        "a loop that is for no lane goes on by a state",
+        "_control_flow.py",
+        "return pred if in_any_case else pred & _any_lane(lanes)",
+        "return pred",
+        "other_lanes -k hangs_for",
+    ),
+    Mutant(
+        "a loop in a branch with a collective goes on by a state of other devices",
+        "_control_flow.py",
+        "in_any_case = _jax.has_collective(cond, body) and _jax.manual_mesh_axes()",
+        "in_any_case = _jax.manual_mesh_axes()",
+        "devices -k loop_of_a_state",
+    ),
+    Mutant(
+        "a lane that has ended hears nothing more",
+        "_control_flow.py",
+        "may_go_on = entered if talks else running",
+        "may_go_on = running",
+        "other_lanes -k has_ended_goes",
     ),
     Mutant(
         "what has rules is of what state depends on",
@@ -740,8 +775,8 @@ MUTANTS = [
     Mutant(
         "a collective is of what has been filled",
         "_control_flow.py",
-        "fills = fills and not _jax.has_collective(*branches)",
-        "fills = fills",
+        "fills = [fills and not _jax.has_collective(branch) for branch in branches]",
+        "fills = [fills] * len(branches)",
         "other_lanes -k collective",
     ),
     Mutant(
@@ -794,8 +829,8 @@ MUTANTS = [
     Mutant(
         "a finished lane starts again",
         "_control_flow.py",
-        "return [running & run(cond, running, [*c, *merge(f, new)])[0], *new]",
-        "return [run(cond, running, [*c, *merge(f, new)])[0], *new]",
+        "return [may_go_on & run(cond, may_go_on, [*c, *merge(f, new)])[0], *new]",
+        "return [run(cond, may_go_on, [*c, *merge(f, new)])[0], *new]",
         "masked",
     ),
     Mutant(
@@ -808,8 +843,8 @@ MUTANTS = [
     Mutant(
         "a condition is not masked",
         "_control_flow.py",
-        "return [running & run(cond, running, [*c, *merge(f, new)])[0], *new]",
-        "return [running & _jax.call_jaxpr(cond, *c, *merge(f, new))[0], *new]",
+        "return [may_go_on & run(cond, may_go_on, [*c, *merge(f, new)])[0], *new]",
+        "return [may_go_on & _jax.call_jaxpr(cond, *c, *merge(f, new))[0], *new]",
         "masked",
     ),
     Mutant(
@@ -843,8 +878,8 @@ MUTANTS = [
     Mutant(
         "a cond in step forgets the mask",
         "_control_flow.py",
-        "lambda m, *a, b=b: masked(b, m, a, fills=fills), avals",
-        "lambda m, *a, b=b: _jax.call_jaxpr(b, *a), avals",
+        "lambda m, *a, b=b, f=f: masked(b, m, a, fills=f), avals",
+        "lambda m, *a, b=b, f=f: _jax.call_jaxpr(b, *a), avals",
         "masked",
     ),
     Mutant(

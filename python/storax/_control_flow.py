@@ -71,9 +71,12 @@ def masked(jaxpr: Any, mask: Any, args: Sequence[Any], *, fills: bool) -> list[A
     return _masked(_jax.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), mask, args, fills)
 
 
-def _masked_and_filled(jaxpr, mask, args, fills=True):
-    """The same, and such a lane gets what another has of `args` too; or else has no derivative by them."""
-    args, for_state = fill_operands(jaxpr, mask, args, own_values=not fills)
+def _masked_and_filled(jaxpr, mask, args, fills=True, takes=None):
+    """The same, and such a lane gets what another has of `args` too.
+
+    Or else, without `fills`, it has no derivative by them unless `takes` is true of it.
+    """
+    args, for_state = fill_operands(jaxpr, mask if fills else takes, args, own_values=not fills)
     consts = getattr(jaxpr, "consts", ())
     return _masked(_jax.open_jaxpr(jaxpr), consts, mask, args, fills, for_state)
 
@@ -128,7 +131,7 @@ def _masked_equation(eqn, ins, mask, fills):
         return _jax.bind_equation(eqn, ins)
     if rule is None:
         raise NotImplementedError(
-            f"storax: state inside `{eqn.primitive.name}`, in a branch or loop whose predicate is "
+            f"storax: state inside `{_jax.name_of(eqn)}`, in a branch or loop whose predicate is "
             "batched by `jax.vmap`, is not supported. Move the get and set out of it, or make the "
             "predicate independent of the batch."
         )
@@ -284,12 +287,15 @@ def _batch_masked_cond(axis_data, args, dims, *, params, fills=True):
     _refuse_what_acts("branch", *branches)
     other = {k: v for k, v in params.items() if k != "branches"}
     # What lanes learn of each other is the same whether or not they take the branch.
-    fills = fills and not _jax.has_collective(*branches)
+    fills = [fills and not _jax.has_collective(branch) for branch in branches]
     if index_dim is None:
         # All active lanes take the same branch.
         ins, in_dims = [mask, *operands], [mask_dim, *operand_dims]
         avals = _lane_avals(axis_data, ins, in_dims)
-        closed = [_close(lambda m, *a, b=b: masked(b, m, a, fills=fills), avals) for b in branches]
+        closed = [
+            _close(lambda m, *a, b=b, f=f: masked(b, m, a, fills=f), avals)
+            for b, f in zip(branches, fills, strict=True)
+        ]
         out_dims = _common_out_axes(axis_data, closed, in_dims)
         batched = tuple(_jax.batched_jaxpr(j, axis_data, in_dims, out_dims) for j in closed)
         return lax.cond_p.bind(index, *ins, branches=batched, **other), out_dims
@@ -298,32 +304,31 @@ def _batch_masked_cond(axis_data, args, dims, *, params, fills=True):
     active = None if mask is None else _jax.move_to_front(axis_data, mask, mask_dim)
     num_out = len(branches[0].out_avals)
     takes = [lax.eq(index, lax.full_like(index, k)) for k in range(len(branches))]
-    outs = []
-    for branch, takes_it in zip(branches, takes, strict=True):
-        # The jaxprs of a cond's branches have each other's effects.
-        pure = not any(map(_jax.has_state, _jax.open_jaxpr(branch).eqns))
-        lanes = takes_it if active is None else takes_it & active
-        # A collective hears of the lanes that are not active too.
-        runs = lanes if fills else takes_it
-        outs.append(
-            _run_branch(axis_data, branch, lanes, runs, operands, operand_dims, other, fills, pure)
-        )
+    outs = [
+        _run_branch(axis_data, *branch, active, operands, operand_dims, other)
+        for branch in zip(branches, takes, fills, strict=True)
+    ]
     results = list(outs[0])
     for k in range(1, len(branches)):
         results = [_select(takes[k], 0, x, r) for x, r in zip(outs[k], results, strict=True)]
     return results, [0] * num_out
 
 
-def _run_branch(axis_data, branch, lanes, runs, operands, operand_dims, other, fills, pure):
-    """A branch that is for these lanes; it runs if `runs` is true of any."""
+def _run_branch(axis_data, branch, takes, fills, active, operands, operand_dims, other):
+    """A branch, for lanes that take it and are active; it runs if there is one."""
+    # The jaxprs of a cond's branches have each other's effects.
+    pure = not any(map(_jax.has_state, _jax.open_jaxpr(branch).eqns))
+    lanes = takes if active is None else takes & active
+    # A collective hears of the lanes that are not active too.
+    runs = lanes if fills else takes
     out_dims = [0] * len(branch.out_avals)
     # Or a derivative by what devices share is summed inside of the cond, which not all of them may take.
     varying = _jax.varying_axes(jax.typeof(lanes))
     operands = [_jax.make_varying(x, varying) for x in operands]
-    ins, in_dims = [lanes, *operands], [0, *operand_dims]
+    ins, in_dims = [lanes, takes, *operands], [0, 0, *operand_dims]
 
-    def one_lane(mask, *args):
-        out = _masked_and_filled(branch, mask, args, fills)
+    def one_lane(mask, takes, *args):
+        out = _masked_and_filled(branch, mask, args, fills, takes)
         # By which an outer vmap knows it for ours.
         return fill(mask, out, filled=False) if pure and fills else out
 
@@ -388,7 +393,10 @@ def _batch_masked_while(axis_data, args, dims, *, params, fills=True):
         c, _, f, carry = split(args)
         return [mask & run(cond, mask, [*c, *merge(f, carry)])[0]]
 
-    def step(running, *args):
+    # As in JAX, a lane that has ended goes on again if it hears of another that it should.
+    talks = _jax.has_collective(cond)
+
+    def step(running, entered, *args):
         c, b, f, carry = split(args)
         new = run(body, running, [*b, *merge(f, carry)])
         new = [x for x, is_fixed in zip(new, fixed, strict=True) if not is_fixed]
@@ -396,7 +404,8 @@ def _batch_masked_while(axis_data, args, dims, *, params, fills=True):
             lax.select(jnp.broadcast_to(running, x.shape), x, y)
             for x, y in zip(new, carry, strict=True)
         ]
-        return [running & run(cond, running, [*c, *merge(f, new)])[0], *new]
+        may_go_on = entered if talks else running
+        return [may_go_on & run(cond, may_go_on, [*c, *merge(f, new)])[0], *new]
 
     if mask is None:
         mask, mask_dim = _jax.move_to_front(axis_data, jnp.array(True), None), 0
@@ -404,13 +413,12 @@ def _batch_masked_while(axis_data, args, dims, *, params, fills=True):
     in_dims = [mask_dim, *const_dims, *[0] * len(moving)]
     closed = _close(start, _lane_avals(axis_data, ins, in_dims))
     (running,) = _jax.call_jaxpr(_jax.batched_jaxpr(closed, axis_data, in_dims, [0]), *ins)
-    ins = [running, *consts, *moving]
-    in_dims = [0, *in_dims[1:]]
+    ins, in_dims = [running, *ins], [0, *in_dims]
     closed = _close(step, _lane_avals(axis_data, ins, in_dims))
     one_step = _jax.batched_jaxpr(closed, axis_data, in_dims, [0] * (1 + len(moving)))
     _, *moved = lax.while_loop(
         lambda carry: _any_lane(carry[0]),
-        lambda carry: _jax.call_jaxpr(one_step, carry[0], *consts, *carry[1:]),
+        lambda carry: _jax.call_jaxpr(one_step, carry[0], mask, *consts, *carry[1:]),
         [running, *moving],
     )
     return merge(fixed_vals, moved), merge(fixed_dims, [0] * len(moved))
@@ -452,10 +460,19 @@ def _while_in_step(axis_data, args, dims, params, carry_dims, fills):
         closed = _close(lambda m, *a: masked(jaxpr, m, a, fills=fills), avals)
         return _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
 
+    # Then another device may wait for it.
+    in_any_case = _jax.has_collective(cond, body) and _jax.manual_mesh_axes()
     cond = batch(cond, cond_consts, cond_dims, [None])
     body = batch(body, body_consts, body_dims, carry_dims)
+
+    def goes_on(carry):
+        (pred,) = _jax.call_jaxpr(cond, mask, *cond_consts, *carry)
+        # If no lane is to set a state, that may never end it.
+        return pred if in_any_case else pred & _any_lane(lanes)
+
+    lanes = _jax.move_to_front(axis_data, mask, mask_dim)
     out = lax.while_loop(
-        lambda carry: _jax.call_jaxpr(cond, mask, *cond_consts, *carry)[0],
+        goes_on,
         lambda carry: _jax.call_jaxpr(body, mask, *body_consts, *carry),
         init,
     )

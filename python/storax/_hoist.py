@@ -126,7 +126,7 @@ def _mapped_slots(eqn: Any) -> set[int]:
                 slots.add(inner.params["slot"])
             elif inner.primitive in OPERATIONS:
                 raise NotHoistableError(
-                    f"storax: state inside `{eqn.primitive.name}` is not supported over several "
+                    f"storax: state inside `{_jax.name_of(eqn)}` is not supported over several "
                     "devices, or elsewhere than on a CPU. Move the get and set out of it."
                 )
             elif _jax.has_state(inner):

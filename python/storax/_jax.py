@@ -377,6 +377,12 @@ def call_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
     return _core.eval_jaxpr(open_jaxpr(jaxpr), jaxpr.consts, *args)
 
 
+def name_of(eqn: Any) -> str:
+    """What users know an equation by: since 0.11 `custom_root` and others are one primitive, of classes."""
+    made_by = eqn.params.get("_prim")
+    return eqn.primitive.name if made_by is None else type(made_by).__name__
+
+
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters, opened."""
     found = []

@@ -425,6 +425,27 @@ def test_collectives_in_a_mask(jit, beside, vma):
     np.testing.assert_array_equal(read(index, vma=vma), [1, 3, 4, 4])
 
 
+@pytest.mark.timeout(60, method="thread")  # XLA hears of no signal
+def test_a_loop_of_a_state_in_a_mask(vma):
+    """On a device where no lane takes the branch, nothing would ever end it."""
+    index = per_device(vma=vma)
+    lanes = np.array([0, 0, 1, 2, 0, 3, 4, 0], np.float32)
+
+    def count(k):
+        storax.set_state(index, get(index) + 1)
+        return k + 1
+
+    def taken(x):
+        total = lax.psum(x, "i") + 0 * x
+        lax.while_loop(lambda _: get(index) < 10, count, 0)
+        return total
+
+    lane = lambda x: lax.cond(x > 0, taken, lambda x: 0 * x, x)
+    got = jax.jit(shard(jax.vmap(lane), check_vma=vma))(lanes)
+    np.testing.assert_array_equal(got, [0, 0, 5, 5, 0, 5, 5, 0])
+    np.testing.assert_array_equal(read(index, vma=vma), [1, 10, 10, 10])
+
+
 def test_partly_manual_is_refused():
     index = storax.StateIndex(name="partly")
     f = shard(

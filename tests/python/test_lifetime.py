@@ -198,3 +198,25 @@ def test_indices_reuse_their_places():
         np.testing.assert_raises(RuntimeError, storax.get_state, index, ZERO)
         del index
     assert len(ids) < 50
+
+
+def test_an_index_that_was_replaced(fresh_caches):
+    """As when a cell of a notebook runs again: JAX remembers the jaxpr of a function that has not changed."""
+    names = {}
+
+    def run_cell():
+        names["index"] = storax.StateIndex()
+        storax.set_state(names["index"], ZERO)
+
+    def body(total, _):
+        return total + bump(names["index"]), None
+
+    g = lambda: lax.scan(body, ZERO, None, length=2)[0]
+    run_cell()
+    jax.eval_shape(g)
+    run_cell()
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"its name now stands for another.*jax.clear_caches"):
+        g()
+    jax.clear_caches()
+    assert g() == 3

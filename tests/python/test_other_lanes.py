@@ -33,6 +33,10 @@ def add_one(index, like=0.0):
 # --- Derivatives ----------------------------------------------------------------------------------
 
 
+def value_of(index):
+    return storax.get_state(index, jnp.float32(0))
+
+
 def _in_scan(f):
     return lambda w, x: lax.scan(lambda c, _: (c + f(w, x), None), 0.0, None, length=2)[0]
 
@@ -614,6 +618,117 @@ def test_a_collective_in_a_branch_with_state_deeper_in_it(within, name):
             NotImplementedError, match="derivative by what lanes share, through a `"
         ):
             jax.jit(run(with_state))(W, LANES)
+
+
+@pytest.mark.parametrize("of", ["a state", "a lane's number"])
+def test_what_a_lane_hears_in_a_branch_passes_on_through_another(of):
+    """A lane that is not in the outer branch takes the inner one, with what it has heard from one that is."""
+    index = counter()
+
+    def program(add, number):
+        def taken(x):
+            y = x + lax.psum(x, "lanes")
+            inner = lambda y: (lax.psum(y, "lanes") * number(), add())[0]
+            return lax.cond(y > -5, inner, lambda y: 0 * y, y)
+
+        lane = lambda x: lax.cond(x > 0, taken, lambda x: 0 * x, x)
+        return lambda x: jax.vmap(lane, axis_name="lanes")(x).sum()
+
+    if of == "a state":
+        with_state = program(lambda: None, lambda: 1 + 0 * value_of(index))
+        without = program(lambda: None, lambda: 1.0)
+    else:
+        number = lambda: 1.0 + lax.axis_index("lanes")
+        with_state, without = program(lambda: add_one(index), number), program(lambda: None, number)
+    x, t = jnp.array([1.0, -1.0, 2.0]), jnp.array([1.0, 0.0, 0.5])
+    for jit in (lambda f: f, jax.jit, storax.jit):
+        np.testing.assert_array_equal(jit(jax.grad(with_state))(x), jax.grad(without)(x))
+    forward = lambda f: jax.jvp(f, (x,), (t,))
+    np.testing.assert_array_equal(forward(with_state), forward(without))
+
+
+def until_three(index):
+    """A loop that only a state ends."""
+
+    def count(_):
+        add_one(index)
+        return 0.0
+
+    return lax.while_loop(lambda _: value_of(index) < 3, count, 0.0)
+
+
+def in_a_branch_of_a_branch(index):
+    """A lane that is not in the outer branch takes the inner one, where lanes share the loop's condition."""
+
+    def inner(x):
+        return lax.pmean(x, "lanes") + until_three(index)
+
+    outer = lambda x: lax.cond(x < -1, inner, lambda x: x, x)
+    return (lambda x: lax.cond(x > 0, outer, lambda x: x, x)), [-2.0, 1.0], [-2.0, 1.0], 0
+
+
+def in_a_loop_that_has_ended(index):
+    def body(x):
+        taken = lambda x: lax.pmean(x, "lanes") * 0 + x + 1 + until_three(index)
+        return lax.cond(x > 4.5, taken, lambda x: x + 1, x)
+
+    goes_on = lambda x: (x < 3) | (x == 7)
+    return (lambda x: lax.while_loop(goes_on, body, x)), [0.0, 5.0, 1.0], [3.0, 5.0, 3.0], 0
+
+
+def beside_a_branch_with_a_collective(index):
+    """A loop that ends in a lane that takes its branch, and in no other."""
+
+    def loop(x):
+        add_one(index)
+        return lax.while_loop(lambda y: y != 0, lambda y: y - 1, x)
+
+    talk = lambda x: lax.psum(x, "lanes")
+    return (lambda x: lax.cond(x < 1, talk, loop, x)), [0.5, 3.0, 0.5], [4.0, 0.0, 4.0], 1
+
+
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit, storax.jit])
+@pytest.mark.parametrize(
+    "make",
+    [in_a_branch_of_a_branch, in_a_loop_that_has_ended, beside_a_branch_with_a_collective],
+)
+def test_no_loop_hangs_for_a_collective(make, jit):
+    index = counter()
+    f, lanes, want, counted = make(index)
+    got = jit(jax.vmap(f, axis_name="lanes"))(jnp.array(lanes))
+    np.testing.assert_array_equal(got, want)
+    assert value_of(index) == counted
+
+
+@pytest.mark.parametrize("where", ["in the other branch", "in the branch"])
+def test_a_collective_of_a_state_is_of_what_each_lane_holds_then(where):
+    index, x = storax.StateIndex(), jnp.array([1.0, 2.0, -3.0])
+    jax.vmap(lambda x: storax.set_state(index, x))(jnp.array([1.0, 10.0, 100.0]))
+    put = lambda x: (storax.set_state(index, x * 7), 0 * x)[1]
+
+    def taken(x):
+        if where == "in the branch":
+            put(x)
+        return lax.psum(storax.get_state(index, 0 * x), "lanes")
+
+    other = put if where == "in the other branch" else lambda x: 0 * x
+    got = jax.vmap(lambda x: lax.cond(x > 0, taken, other, x), axis_name="lanes")(x)
+    heard = 1 + 10 - 21 if where == "in the other branch" else 7 + 14 + 100
+    np.testing.assert_array_equal(got, [heard, heard, 0])
+
+
+def test_a_lane_that_has_ended_goes_on_if_it_hears_that_it_should():
+    """As without state: in a condition with a collective."""
+    index = counter()
+
+    def run(add):
+        goes_on = lambda x: (x < lax.pmean(x, "lanes") + 0.5) & (x < 20)
+        loop = lambda x: lax.while_loop(goes_on, lambda x: (x + 1, add())[0], x)
+        return jax.jit(jax.vmap(loop, axis_name="lanes"))(jnp.array([0.0, 3.0, 5.5]))
+
+    np.testing.assert_array_equal(run(lambda: add_one(index)), run(lambda: None))
+    assert value_of(index) == 20
 
 
 # --- State and custom derivatives of the same operand ----------------------------------------------

@@ -285,6 +285,21 @@ def test_custom_root(f, jit):
     assert f.runs(1, jit(jax.grad(g)), X) == 2
 
 
+def test_custom_root_in_a_mask(f):
+    """One of JAX's classes since 0.11, into which a mask can't go."""
+
+    def root(a):
+        solve = lambda g, x: x - g(x) + 0 * f(x)
+        return lax.custom_root(lambda x: x - 2 * a, a, solve, lambda g, y: y / g(ONE))
+
+    in_lanes = jax.vmap(lambda x: lax.cond(x > 0, root, lambda x: x, x))
+    if jax.__version_info__ < (0, 11):
+        np.testing.assert_array_equal(f.runs(1, in_lanes, jnp.array([0.0, 1.0])), [0, 2])
+    else:
+        with pytest.raises(NotImplementedError, match=r"state inside `CustomRoot`.*Move the get"):
+            in_lanes(LANES)
+
+
 # --- What calls its function more often, later, or not at all -------------------------------------
 
 

@@ -39,14 +39,18 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A piece, and a derivative of it by a number that all lanes share, taken in one way of running it."""
+    """A piece, and a derivative of it by a number, taken in one way of running it.
+
+    Of `w` all lanes share the number; an `x` is each lane's own, if the outermost ones differ in theirs.
+    """
 
     piece: Node
     derivative: str
     jit: str
+    by: str = "w"
 
     def __str__(self):
-        return f"{self.derivative}, {self.jit}:\n{self.piece}"
+        return f"{self.derivative} by {self.by}, {self.jit}:\n{self.piece}"
 
 
 # --- What programs are made of ----------------------------------------------------------------------
@@ -258,6 +262,11 @@ class Run:
         value = self(piece, env)
         return value + env.w * COLLECTIVES[name](value, f"lanes{number}")
 
+    def do_hear(self, env, how, piece):
+        name, number = how
+        heard = COLLECTIVES[name](env.x, f"lanes{number}")
+        return self(piece, env.but(y=env.y + heard / 2))
+
     def do_derivative(self, env, how, piece):
         return DERIVATIVES[how](lambda w: self(piece, env.but(w)))(env.w)
 
@@ -293,7 +302,7 @@ class Run:
 
 def talks(piece: Node) -> bool:
     """Whether lanes learn of each other."""
-    return piece.has(lambda n: n.kind == "talk")
+    return piece.has(lambda n: n.kind in ("talk", "hear"))
 
 
 def result(program: Program, vmapped: bool, state: bool = True):
@@ -302,8 +311,10 @@ def result(program: Program, vmapped: bool, state: bool = True):
         run.preset(program.piece)
 
     # All are arguments: of what it knows XLA computes loops while it compiles, whether or not they run.
-    def f(w, *others):
-        return DERIVATIVES[program.derivative](lambda w: run(program.piece, Env(w, *others)))(w)
+    def f(*numbers):
+        env = Env(*numbers)
+        of = lambda v: run(program.piece, dataclasses.replace(env, **{program.by: v}))
+        return DERIVATIVES[program.derivative](of)(getattr(env, program.by))
 
     jit = JITS[program.jit] if vmapped and state else jax.jit
     zero = jnp.float32(0)
@@ -391,13 +402,15 @@ class Maker:
         elif self.around:
             # Of a loop with state, lanes that don't take the branch it is in don't let a collective know.
             # And the `grad` of a branch with one is under JAX's vmap one thing with jit, another without.
-            kinds += ["talk"] * 3
+            kinds += ["talk"] * 3 + ["hear"] * 4
         return getattr(self, "make_" + self.pick(kinds))(known, deep - 1)
 
     def make_branch(self, known, deep):
         what = self.pick([*NUMBERS, *NUMBERS, "start"])
         form = self.pick(["cond", "not", "switch"])
-        taken = self.piece(known | {"x" if what == "start" else what}, deep)
+        known_there = known | {"x" if what == "start" else what}
+        hears = self.around and self.flag()
+        taken = (self.make_talk if hears else self.piece)(known_there, deep)
         other = self.piece(known, self.number(0, deep))
         return Node("branch", (what, form, self.flag()), (_with_state(taken, other), other))
 
@@ -426,6 +439,10 @@ class Maker:
     def make_talk(self, known, deep):
         how = self.pick(COLLECTIVES), self.pick(self.around)
         return Node("talk", how, (self.piece(known, deep),))
+
+    def make_hear(self, known, deep):
+        how = self.pick(COLLECTIVES), self.pick(self.around)
+        return Node("hear", how, (self.piece(still_known(known, "y"), deep),))
 
     def make_derivative(self, known, deep):
         self.derivatives += 1
@@ -463,11 +480,13 @@ def _with_state(piece: Node, *others: Node) -> Node:
 def make_program(number, deep: int = 5) -> Program:
     """A program of so many pieces within each other, at most."""
     maker = Maker(number)
+    # What is heard within a branch is to go into another.
+    deep += 2 * (maker.around is not None)
     piece = maker.make_vmap(frozenset(), number(2, deep))
     names = derivatives_of(piece)
     derivative = names[number(0, len(names) - 1)]
     jit = list(JITS)[(0, 0, 0, 0, 1, 1, 2, 2, 3)[number(0, 8)]]
-    return Program(piece, derivative, jit)
+    return Program(piece, derivative, jit, "wx"[number(0, 1)])
 
 
 def random_program(seed: int | str) -> Program:
@@ -486,6 +505,8 @@ def stands(node: Node, known: frozenset = frozenset()) -> bool:
         inside[0] = known | {"x" if node.how[0] == "start" else node.how[0]}
     elif node.kind == "loop":
         inside[0] = known | {"x"}
+    elif node.kind == "hear":
+        inside[0] = still_known(known, "y")
     elif node.kind == "vmap":
         inside[0] = still_known(known, node.how[2])
     return all(stands(piece, k) for piece, k in zip(node.of, inside, strict=True))

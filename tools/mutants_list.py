@@ -116,8 +116,15 @@ MUTANTS = [
     _never(
         "runs a branch that devices wait for each other in",
         "_control_flow.py",
-        "if _jax.has_collective(branch) and (pure or _jax.manual_mesh_axes()):",
+        "if _jax.has_collective_of_devices(branch) or (pure and _jax.has_collective(branch)):",
         "devices -k collectives_in_a_mask",
+    ),
+    Mutant(
+        "a collective of lanes is one of devices",
+        "_jax.py",
+        "any(str(n) in over for n in names)",
+        "bool(names)",
+        "devices -k collective_of_lanes",
     ),
     Mutant(
         "what devices share is summed where not all are",
@@ -406,8 +413,8 @@ MUTANTS = [
     Mutant(
         "other lanes go through a branch with what they have",
         "_control_flow.py",
-        "        out = _masked_and_filled(branch, mask, args, fills, takes)",
-        "        out = masked(branch, mask, args, fills=fills)",
+        "        out = _masked_and_filled(branch, mask, args, others, takes)",
+        "        out = masked(branch, mask, args, others)",
         "other_lanes -k shared and in_a_branch",
     ),
     Mutant(
@@ -434,21 +441,21 @@ MUTANTS = [
     Mutant(
         "a collective hears of no inactive lanes",
         "_control_flow.py",
-        "    runs = lanes if fills else takes",
+        "    runs = takes if others is Others.HEARD else lanes",
         "    runs = lanes",
         "other_lanes -k collective",
     ),
     Mutant(
         "other lanes go through a loop with what they have",
         "_control_flow.py",
-        "            return _masked_and_filled(jaxpr, mask, args)",
-        "            return masked(jaxpr, mask, args, fills=True)",
+        "        evaluate = _masked_and_filled if others is Others.FILLED else masked",
+        "        evaluate = masked",
         "other_lanes -k hangs",
     ),
     Mutant(
         "an outer vmap does not know a branch for ours",
         "_control_flow.py",
-        "return fill(mask, out, filled=False) if pure and fills else out",
+        "return fill(mask, out, filled=False) if pure and others is Others.FILLED else out",
         "return out",
         "other_lanes -k no_lane_takes or hangs",
     ),
@@ -525,8 +532,8 @@ MUTANTS = [
     Mutant(
         "what state depends on is all that there is",
         "_control_flow.py",
-        "args, for_state = fill_operands(jaxpr, mask if fills else takes, args, own_values=not fills)",
-        "args, for_state = fill_operands(jaxpr, mask, args)[0] if fills else args, {}",
+        "args, for_state = fill_operands(jaxpr, takes if heard else mask, args, own_values=heard)",
+        "args, for_state = args if heard else fill_operands(jaxpr, mask, args)[0], {}",
         "other_lanes masked -k lanes_of_lanes or some_levels",
     ),
     Mutant(
@@ -546,8 +553,8 @@ MUTANTS = [
     Mutant(
         "a collective's branch passes derivatives on from every lane",
         "_control_flow.py",
-        "args, for_state = fill_operands(jaxpr, mask if fills else takes, args, own_values=not fills)",
-        "args, for_state = fill_operands(jaxpr, mask, args) if fills else (args, {})",
+        "args, for_state = fill_operands(jaxpr, takes if heard else mask, args, own_values=heard)",
+        "args, for_state = (args, {}) if heard else fill_operands(jaxpr, mask, args)",
         "other_lanes -k branch_with_a_collective",
     ),
     Mutant(
@@ -567,16 +574,30 @@ MUTANTS = [
     Mutant(
         "a collective's branch passes no derivative on from a lane that is not active",
         "_control_flow.py",
-        "fill_operands(jaxpr, mask if fills else takes, args, own_values=not fills)",
-        "fill_operands(jaxpr, mask, args, own_values=not fills)",
+        "fill_operands(jaxpr, takes if heard else mask, args, own_values=heard)",
+        "fill_operands(jaxpr, mask, args, own_values=heard)",
         "other_lanes -k passes_on_through",
     ),
     Mutant(
         "a collective's branch leaves the other branches to what each lane has",
         "_control_flow.py",
-        "fills = [fills and not _jax.has_collective(branch) for branch in branches]",
-        "fills = [fills and not _jax.has_collective(*branches)] * len(branches)",
+        "    heard = others is Others.HEARD\n    of_",
+        "    heard = others is Others.HEARD or _jax.has_collective(*branches)\n    of_",
         "other_lanes -k hangs_for",
+    ),
+    Mutant(
+        "a branch runs for lanes that have ended",
+        "_control_flow.py",
+        "    heard = others is Others.HEARD\n    of_",
+        "    heard = others is not Others.FILLED\n    of_",
+        "masked -k have_ended",
+    ),
+    Mutant(
+        "a loop in a branch has one predicate, whatever JAX has made of it",
+        "_control_flow.py",
+        '    if params["cond_jaxpr"].out_avals[0].shape:\n',
+        "    if False:\n",
+        "masked -k in_the_branch_has_batched",
     ),
     Mutant(
         "a loop that is for no lane goes on by a state",
@@ -588,8 +609,8 @@ MUTANTS = [
     Mutant(
         "a loop in a branch with a collective goes on by a state of other devices",
         "_control_flow.py",
-        "in_any_case = _jax.has_collective(cond, body) and _jax.manual_mesh_axes()",
-        "in_any_case = _jax.manual_mesh_axes()",
+        "in_any_case = _jax.has_collective_of_devices(cond, body)",
+        "in_any_case = True",
         "devices -k loop_of_a_state",
     ),
     Mutant(
@@ -658,7 +679,7 @@ MUTANTS = [
     Mutant(
         "a derivative by what lanes share goes past a collective",
         "_control_flow.py",
-        "            if not fills and eqn.primitive not in OPERATIONS:",
+        "            if others is Others.HEARD and eqn.primitive not in OPERATIONS:",
         "            if False:",
         "other_lanes -k deeper_in_it",
     ),
@@ -679,8 +700,8 @@ MUTANTS = [
     Mutant(
         "a collective of devices in a shard_map is of lanes",
         "_jax.py",
-        "return not names <= inner_axes",
-        "return bool(names)",
+        "    names -= inner_axes\n",
+        "",
         "devices -k of_devices_within",
     ),
     Mutant(
@@ -775,15 +796,15 @@ MUTANTS = [
     Mutant(
         "a collective is of what has been filled",
         "_control_flow.py",
-        "fills = [fills and not _jax.has_collective(branch) for branch in branches]",
-        "fills = [fills] * len(branches)",
+        "Others.HEARD if heard or _jax.has_collective(branch) else Others.FILLED",
+        "Others.HEARD if heard else Others.FILLED",
         "other_lanes -k collective",
     ),
     Mutant(
         "a collective in a loop is of what has been filled",
         "_control_flow.py",
-        "fills = fills and has_loop and not _jax.has_collective(cond, body)",
-        "fills = fills and has_loop",
+        "    if _jax.has_collective(cond, body):\n        others",
+        "    if False:\n        others",
         "other_lanes -k collective",
     ),
     _never(
@@ -871,15 +892,15 @@ MUTANTS = [
     Mutant(
         "a loop in step forgets the mask",
         "_control_flow.py",
-        "closed = _close(lambda m, *a: masked(jaxpr, m, a, fills=fills), avals)",
+        "closed = _close(lambda m, *a: masked(jaxpr, m, a, others), avals)",
         "closed = _close(lambda m, *a: _jax.call_jaxpr(jaxpr, *a), avals)",
         "masked",
     ),
     Mutant(
         "a cond in step forgets the mask",
         "_control_flow.py",
-        "lambda m, *a, b=b, f=f: masked(b, m, a, fills=f), avals",
-        "lambda m, *a, b=b, f=f: _jax.call_jaxpr(b, *a), avals",
+        "lambda m, *a, b=b, o=o: masked(b, m, a, o), avals",
+        "lambda m, *a, b=b, o=o: _jax.call_jaxpr(b, *a), avals",
         "masked",
     ),
     Mutant(

@@ -11,6 +11,7 @@ JAX's rules also move batch axes to the front. Wherever they do, levels are mark
 """
 
 import collections
+import enum
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,14 +47,22 @@ class _Params(dict):
 
 
 @masked_cond_p.def_effectful_abstract_eval
-def _(mask, index, *operands, params, fills):
+def _(mask, index, *operands, params, others):
     return list(params["branches"][0].out_avals), _jax.state_effects(*params["branches"])
 
 
 @masked_while_p.def_effectful_abstract_eval
-def _(mask, *operands, params, fills):
+def _(mask, *operands, params, others):
     effects = _jax.state_effects(params["cond_jaxpr"], params["body_jaxpr"])
     return list(params["body_jaxpr"].out_avals), effects
+
+
+class Others(enum.Enum):
+    """What lanes compute with in a branch that they don't take, or after they have ended."""
+
+    FILLED = "what a lane has that takes it"
+    OWN = "what they have"  # all that they compute is selected away
+    HEARD = "what they have, of which a collective may hear"
 
 
 # What differs from lane to lane of itself.
@@ -63,25 +72,26 @@ _OWN = ("axis_index",)
 # --- Masking a per-lane program -------------------------------------------------------------------
 
 
-def masked(jaxpr: Any, mask: Any, args: Sequence[Any], *, fills: bool) -> list[Any]:
+def masked(jaxpr: Any, mask: Any, args: Sequence[Any], others: Others) -> list[Any]:
     """Evaluates a closed jaxpr for one lane so that it sets state only where `mask` is true.
 
-    With `fills`, a lane of which it is not true gets what another has that reads state, or its number.
+    If the others are filled, a lane of which it is not true gets the state, and the number, of another.
     """
-    return _masked(_jax.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), mask, args, fills)
+    return _masked(_jax.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), mask, args, others)
 
 
-def _masked_and_filled(jaxpr, mask, args, fills=True, takes=None):
+def _masked_and_filled(jaxpr, mask, args, others=Others.FILLED, takes=None):
     """The same, and such a lane gets what another has of `args` too.
 
-    Or else, without `fills`, it has no derivative by them unless `takes` is true of it.
+    If the others are heard, one that `takes` is not true of has no derivative by them instead.
     """
-    args, for_state = fill_operands(jaxpr, mask if fills else takes, args, own_values=not fills)
+    heard = others is Others.HEARD
+    args, for_state = fill_operands(jaxpr, takes if heard else mask, args, own_values=heard)
     consts = getattr(jaxpr, "consts", ())
-    return _masked(_jax.open_jaxpr(jaxpr), consts, mask, args, fills, for_state)
+    return _masked(_jax.open_jaxpr(jaxpr), consts, mask, args, others, for_state)
 
 
-def _masked(jaxpr, consts, mask, args, fills, for_state=None):
+def _masked(jaxpr, consts, mask, args, others, for_state=None):
     """`for_state` are other values of some inputs, for what leads to operations on state."""
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
@@ -93,7 +103,7 @@ def _masked(jaxpr, consts, mask, args, fills, for_state=None):
     def run(eqn, env):
         ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
         with eqn.ctx.manager:
-            outs = _masked_equation(eqn, ins, mask, fills)
+            outs = _masked_equation(eqn, ins, mask, others)
         return zip(eqn.outvars, outs, strict=True)
 
     for eqn in jaxpr.eqns:
@@ -106,7 +116,7 @@ def _masked(jaxpr, consts, mask, args, fills, for_state=None):
         acts = _jax.acts(eqn) or rules.act
         if _jax.has_state(eqn) or rules.have_state or (leads and acts):  # it is to happen once
             ins = {v: own[v] for v in variables}
-            if not fills and eqn.primitive not in OPERATIONS:
+            if others is Others.HEARD and eqn.primitive not in OPERATIONS:
                 ins = of_own_lanes(mask, ins, eqn.primitive.name)
             env.update(run(eqn, ins))
         else:
@@ -116,12 +126,12 @@ def _masked(jaxpr, consts, mask, args, fills, for_state=None):
     return [v.val if isinstance(v, _jax.Literal) else env[v] for v in jaxpr.outvars]
 
 
-def _masked_equation(eqn, ins, mask, fills):
+def _masked_equation(eqn, ins, mask, others):
     # What is pure may still have rules with state in them.
     has_state = _jax.has_state(eqn)
     if eqn.primitive is get_p or eqn.primitive.name in _OWN:
         outs = _jax.bind_equation(eqn, ins)
-        return fill(mask, outs) if fills else outs
+        return fill(mask, outs) if others is Others.FILLED else outs
     if eqn.primitive.name == _jax.PVARY:
         return [_jax.make_varying(x, frozenset(eqn.params["axes"])) for x in ins]
     if not (has_state or _jax.has_primitive(eqn, *_OWN, _jax.PVARY, *_jax.RULES)):
@@ -135,7 +145,7 @@ def _masked_equation(eqn, ins, mask, fills):
             "batched by `jax.vmap`, is not supported. Move the get and set out of it, or make the "
             "predicate independent of the batch."
         )
-    return rule(eqn.params, ins, mask, fills)
+    return rule(eqn.params, ins, mask, others)
 
 
 def _mask_set(params, ins, mask, _):
@@ -149,11 +159,11 @@ def _mask_set_masked(params, ins, mask, _):
     )
 
 
-def _mask_scan(params, ins, mask, fills):
+def _mask_scan(params, ins, mask, others):
     consts, init, xs = _jax.split_scan(params, ins)
 
     def body(carry, x):
-        out = masked(params["jaxpr"], mask, [*consts, *carry, *x], fills=fills)
+        out = masked(params["jaxpr"], mask, [*consts, *carry, *x], others)
         return out[: len(init)], out[len(init) :]
 
     carry, ys = lax.scan(
@@ -162,46 +172,77 @@ def _mask_scan(params, ins, mask, fills):
     return [*carry, *ys]
 
 
-def _mask_jit(params, ins, mask, fills):
-    inner = jax.jit(lambda mask, *args: masked(params["jaxpr"], mask, args, fills=fills))
+def _mask_jit(params, ins, mask, others):
+    inner = jax.jit(lambda mask, *args: masked(params["jaxpr"], mask, args, others))
     return inner(mask, *ins)
 
 
-def _mask_checkpoint(params, ins, mask, fills):
+def _mask_checkpoint(params, ins, mask, others):
     prevent_cse = params["prevent_cse"]
     if isinstance(prevent_cse, tuple):  # for each operand
         prevent_cse = (True, *prevent_cse)
     inner = jax.checkpoint(
-        lambda mask, *args: masked(params["jaxpr"], mask, args, fills=fills),
+        lambda mask, *args: masked(params["jaxpr"], mask, args, others),
         prevent_cse=prevent_cse,
         policy=params["policy"],
     )
     return inner(mask, *ins)
 
 
-def _mask_shard_map(params, ins, mask, fills):
+def _mask_shard_map(params, ins, mask, others):
     inner = _jax.shard_map_like(
-        lambda mask, *args: _masked(_jax.open_jaxpr(params["jaxpr"]), (), mask, args, fills), params
+        lambda mask, *args: _masked(_jax.open_jaxpr(params["jaxpr"]), (), mask, args, others),
+        params,
     )
     return inner(mask, *ins)
 
 
-def _mask_call(params, ins, mask, fills):
-    return masked(params["call_jaxpr"], mask, ins, fills=fills)
+def _mask_call(params, ins, mask, others):
+    return masked(params["call_jaxpr"], mask, ins, others)
 
 
 def _mask_with_rules(mask_custom):
-    def rule(params, ins, mask, fills):
-        return mask_custom(functools.partial(masked, fills=fills), params, ins, mask)
+    def rule(params, ins, mask, others):
+        return mask_custom(functools.partial(masked, others=others), params, ins, mask)
 
     return rule
 
 
-def _mask_control_flow(primitive):
-    def rule(params, ins, mask, fills):
-        return primitive.bind(mask, *ins, params=_Params(params), fills=fills)
+def _mask_cond(params, ins, mask, others):
+    return masked_cond_p.bind(mask, *ins, params=_Params(params), others=others)
 
-    return rule
+
+def _mask_while(params, ins, mask, others):
+    if params["cond_jaxpr"].out_avals[0].shape:
+        params, ins = _with_one_predicate(params, ins)
+    return masked_while_p.bind(mask, *ins, params=_Params(params), others=others)
+
+
+def _with_one_predicate(params, operands):
+    """The same loop, without state, that JAX has batched: it has a predicate for each lane."""
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    cond_consts = operands[: params["cond_nconsts"]]
+    n_cond = len(cond_consts)
+    n_consts = n_cond + params["body_nconsts"]
+
+    def goes_on(*args):
+        (pred,) = _jax.call_jaxpr(cond, *args)
+        return [lax.reduce_or(pred, range(pred.ndim))]
+
+    def step(*args):
+        carry = args[n_consts:]
+        (pred,) = _jax.call_jaxpr(cond, *args[:n_cond], *carry)
+        new = _jax.call_jaxpr(body, *args[n_cond:])
+        return [_select(pred, range(pred.ndim), x, y) for x, y in zip(new, carry, strict=True)]
+
+    avals = [jax.typeof(x) for x in operands]
+    params = {
+        **params,
+        "cond_jaxpr": _close(goes_on, [*avals[:n_cond], *avals[n_consts:]]),
+        "body_jaxpr": _close(step, avals),
+        "body_nconsts": n_consts,
+    }
+    return params, [*cond_consts, *operands]  # the body has the condition's constants too
 
 
 _masked_rules: dict[str, Callable[..., Any]] = {
@@ -215,8 +256,8 @@ _masked_rules: dict[str, Callable[..., Any]] = {
     "custom_vjp_call": _mask_with_rules(mask_custom_vjp),
     # What JAX makes of a scan under checkpoint, and the like; the latter since 0.11.
     **dict.fromkeys(("closed_call", "eval_jaxpr"), _mask_call),
-    "cond": _mask_control_flow(masked_cond_p),
-    "while": _mask_control_flow(masked_while_p),
+    "cond": _mask_cond,
+    "while": _mask_while,
 }
 
 
@@ -260,8 +301,8 @@ def _any_lane(mask):
     return lax.reduce_or(mask, (0,))
 
 
-def _select(lanes, axis, x, y):
-    return lax.select(_jax.broadcast_like(lanes, [axis], x), x, y)
+def _select(lanes, axes, x, y):
+    return lax.select(_jax.broadcast_like(lanes, axes, x), x, y)
 
 
 def _zeros(aval):
@@ -280,47 +321,51 @@ def _common_out_axes(axis_data, jaxprs, in_dims):
     return [0 if any(a is not None for a in column) else None for column in zip(*axes, strict=True)]
 
 
-def _batch_masked_cond(axis_data, args, dims, *, params, fills=True):
+def _batch_masked_cond(axis_data, args, dims, *, params, others=Others.FILLED):
     axis_data = _jax.as_masked(_jax.as_moved(axis_data))
     (mask, index, *operands), (mask_dim, index_dim, *operand_dims) = args, dims
     branches = params["branches"]
     _refuse_what_acts("branch", *branches)
-    other = {k: v for k, v in params.items() if k != "branches"}
+    cond_params = {k: v for k, v in params.items() if k != "branches"}
     # What lanes learn of each other is the same whether or not they take the branch.
-    fills = [fills and not _jax.has_collective(branch) for branch in branches]
+    heard = others is Others.HEARD
+    of_branches = [
+        Others.HEARD if heard or _jax.has_collective(branch) else Others.FILLED
+        for branch in branches
+    ]
     if index_dim is None:
         # All active lanes take the same branch.
         ins, in_dims = [mask, *operands], [mask_dim, *operand_dims]
         avals = _lane_avals(axis_data, ins, in_dims)
         closed = [
-            _close(lambda m, *a, b=b, f=f: masked(b, m, a, fills=f), avals)
-            for b, f in zip(branches, fills, strict=True)
+            _close(lambda m, *a, b=b, o=o: masked(b, m, a, o), avals)
+            for b, o in zip(branches, of_branches, strict=True)
         ]
         out_dims = _common_out_axes(axis_data, closed, in_dims)
         batched = tuple(_jax.batched_jaxpr(j, axis_data, in_dims, out_dims) for j in closed)
-        return lax.cond_p.bind(index, *ins, branches=batched, **other), out_dims
+        return lax.cond_p.bind(index, *ins, branches=batched, **cond_params), out_dims
 
     index = _jax.move_to_front(axis_data, index, index_dim)
     active = None if mask is None else _jax.move_to_front(axis_data, mask, mask_dim)
     num_out = len(branches[0].out_avals)
     takes = [lax.eq(index, lax.full_like(index, k)) for k in range(len(branches))]
     outs = [
-        _run_branch(axis_data, *branch, active, operands, operand_dims, other)
-        for branch in zip(branches, takes, fills, strict=True)
+        _run_branch(axis_data, *branch, active, operands, operand_dims, cond_params)
+        for branch in zip(branches, takes, of_branches, strict=True)
     ]
     results = list(outs[0])
     for k in range(1, len(branches)):
-        results = [_select(takes[k], 0, x, r) for x, r in zip(outs[k], results, strict=True)]
+        results = [_select(takes[k], [0], x, r) for x, r in zip(outs[k], results, strict=True)]
     return results, [0] * num_out
 
 
-def _run_branch(axis_data, branch, takes, fills, active, operands, operand_dims, other):
+def _run_branch(axis_data, branch, takes, others, active, operands, operand_dims, cond_params):
     """A branch, for lanes that take it and are active; it runs if there is one."""
     # The jaxprs of a cond's branches have each other's effects.
     pure = not any(map(_jax.has_state, _jax.open_jaxpr(branch).eqns))
     lanes = takes if active is None else takes & active
     # A collective hears of the lanes that are not active too.
-    runs = lanes if fills else takes
+    runs = takes if others is Others.HEARD else lanes
     out_dims = [0] * len(branch.out_avals)
     # Or a derivative by what devices share is summed inside of the cond, which not all of them may take.
     varying = _jax.varying_axes(jax.typeof(lanes))
@@ -328,22 +373,22 @@ def _run_branch(axis_data, branch, takes, fills, active, operands, operand_dims,
     ins, in_dims = [lanes, takes, *operands], [0, 0, *operand_dims]
 
     def one_lane(mask, takes, *args):
-        out = _masked_and_filled(branch, mask, args, fills, takes)
+        out = _masked_and_filled(branch, mask, args, others, takes)
         # By which an outer vmap knows it for ours.
-        return fill(mask, out, filled=False) if pure and fills else out
+        return fill(mask, out, filled=False) if pure and others is Others.FILLED else out
 
     closed = _close(one_lane, _lane_avals(axis_data, ins, in_dims))
     run = _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
-    if _jax.has_collective(branch) and (pure or _jax.manual_mesh_axes()):
+    if _jax.has_collective_of_devices(branch) or (pure and _jax.has_collective(branch)):
         out = _jax.call_jaxpr(run, *ins)  # other devices, which may take it, wait for this one
     else:
         skip = _close(lambda *_: [_zeros(a) for a in run.out_avals], [jax.typeof(x) for x in ins])
         taken = lax.convert_element_type(_any_lane(runs), np.int32)
-        out = lax.cond_p.bind(taken, *ins, branches=(skip, run), **other)
+        out = lax.cond_p.bind(taken, *ins, branches=(skip, run), **cond_params)
     return [_jax.spread_lanes(axis_data, x) for x in out]
 
 
-def _batch_masked_while(axis_data, args, dims, *, params, fills=True):
+def _batch_masked_while(axis_data, args, dims, *, params, others=Others.FILLED):
     mask, mask_dim = args[0], dims[0]
     axis_data = _jax.as_masked(_jax.as_moved(axis_data))
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
@@ -356,7 +401,7 @@ def _batch_masked_while(axis_data, args, dims, *, params, fills=True):
         return None  # JAX's own rule is right
     _refuse_what_acts("loop", cond, body)
     if pred_dim is None:
-        return _while_in_step(axis_data, args, dims, params, carry_dims, fills)
+        return _while_in_step(axis_data, args, dims, params, carry_dims, others)
 
     # Carries that the body returns as they came are not the lanes' own: they may stay unbatched.
     open_body = _jax.open_jaxpr(body)
@@ -381,13 +426,14 @@ def _batch_masked_while(axis_data, args, dims, *, params, fills=True):
 
     # What a lane that has ended computes is selected away, derivatives and all; but a loop in it might
     # not end.
-    has_loop = _has_primitive(cond, "while") or _has_primitive(body, "while")
-    fills = fills and has_loop and not _jax.has_collective(cond, body)
+    if _jax.has_collective(cond, body):
+        others = Others.HEARD
+    elif others is Others.FILLED and not any(_has_primitive(j, "while") for j in (cond, body)):
+        others = Others.OWN
 
     def run(jaxpr, mask, args):
-        if fills:
-            return _masked_and_filled(jaxpr, mask, args)
-        return masked(jaxpr, mask, args, fills=False)
+        evaluate = _masked_and_filled if others is Others.FILLED else masked
+        return evaluate(jaxpr, mask, args, others)
 
     def start(mask, *args):
         c, _, f, carry = split(args)
@@ -443,7 +489,7 @@ def _batched_carry(axis_data, body, body_dims, init_dims):
         carry_dims = new
 
 
-def _while_in_step(axis_data, args, dims, params, carry_dims, fills):
+def _while_in_step(axis_data, args, dims, params, carry_dims, others):
     """A loop under a mask whose predicate is the same for all lanes."""
     mask, mask_dim = args[0], dims[0]
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
@@ -457,11 +503,11 @@ def _while_in_step(axis_data, args, dims, params, carry_dims, fills):
     def batch(jaxpr, consts, const_dims, out_dims):
         in_dims = [mask_dim, *const_dims, *carry_dims]
         avals = _lane_avals(axis_data, [mask, *consts, *init], in_dims)
-        closed = _close(lambda m, *a: masked(jaxpr, m, a, fills=fills), avals)
+        closed = _close(lambda m, *a: masked(jaxpr, m, a, others), avals)
         return _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
 
     # Then another device may wait for it.
-    in_any_case = _jax.has_collective(cond, body) and _jax.manual_mesh_axes()
+    in_any_case = _jax.has_collective_of_devices(cond, body)
     cond = batch(cond, cond_consts, cond_dims, [None])
     body = batch(body, body_consts, body_dims, carry_dims)
 

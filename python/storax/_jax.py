@@ -434,8 +434,20 @@ def has_collective(*jaxprs: Any) -> bool:
     return any(_is_collective(e, frozenset()) for j in jaxprs for e in open_jaxpr(j).eqns)
 
 
-def _is_collective(eqn: Any, inner_axes: frozenset[Any]) -> bool:
-    """`inner_axes` are those of a shard_map that the equation is in: over them nothing comes from outside."""
+def has_collective_of_devices(*jaxprs: Any) -> bool:
+    """Whether the devices of a surrounding shard_map or pmap wait for each other in a jaxpr."""
+    over = frozenset(name for name, _ in manual_mesh_axes())
+    eqns = (e for j in jaxprs for e in open_jaxpr(j).eqns)
+    return bool(over) and any(_is_collective(e, frozenset(), over) for e in eqns)
+
+
+def _is_collective(
+    eqn: Any, inner_axes: frozenset[Any], over: frozenset[str] | None = None
+) -> bool:
+    """`inner_axes` are those of a shard_map that the equation is in: over them nothing comes from outside.
+
+    With `over`, whether it is over one of these axes.
+    """
     name, params = eqn.primitive.name, eqn.params
     if name == "axis_index":
         return False
@@ -446,12 +458,13 @@ def _is_collective(eqn: Any, inner_axes: frozenset[Any]) -> bool:
             inner_axes |= frozenset(params["newly_manual_axes"])
         elif name == "xla_pmap":
             inner_axes |= {params["axis_name"]}
-        return any(_is_collective(e, inner_axes) for j in inner for e in j.eqns)
+        return any(_is_collective(e, inner_axes, over) for j in inner for e in j.eqns)
     # `ppermute` and some others have no effect.
     axes = params.get("axis_name", ())
     names = {e.name for e in eqn.effects if isinstance(e, _core.NamedAxisEffect)}
     names.update(axes if isinstance(axes, (tuple, list)) else (axes,))
-    return not names <= inner_axes
+    names -= inner_axes
+    return bool(names) if over is None else any(str(n) in over for n in names)
 
 
 def acts(eqn: Any) -> bool:

@@ -425,6 +425,19 @@ def test_collectives_in_a_mask(jit, beside, vma):
     np.testing.assert_array_equal(read(index, vma=vma), [1, 3, 4, 4])
 
 
+def test_a_branch_with_a_collective_of_lanes_that_no_lane_takes():
+    unset = storax.StateIndex(name="unset")
+
+    def taken(x):
+        return lax.psum(x, "lanes") + storax.get_state(unset, x)
+
+    # JAX has no `psum` of lanes that differ from device to device where it checks that.
+    lane = lambda x: lax.cond(x > 9, taken, lambda x: x, x)
+    in_lanes = jax.vmap(lane, axis_name="lanes")
+    got = jax.jit(shard(in_lanes, check_vma=False))(np.arange(8, dtype=np.float32))
+    np.testing.assert_array_equal(got, np.arange(8))
+
+
 @pytest.mark.timeout(60, method="thread")  # XLA hears of no signal
 def test_a_loop_of_a_state_in_a_mask(vma):
     """On a device where no lane takes the branch, nothing would ever end it."""

@@ -724,6 +724,41 @@ def test_a_branch_that_no_lane_takes_does_nothing():
             jax.block_until_ready(run(jnp.array([10.0, 0.0])))
 
 
+def test_a_branch_that_only_lanes_that_have_ended_would_take_does_nothing():
+    unset = storax.StateIndex(name="unset")
+
+    def body(x):
+        return lax.cond(x < 1, lambda x: storax.get_state(unset, x), lambda x: x - 1, x)
+
+    f = jax.vmap(lambda x: lax.while_loop(lambda x: x > 0, body, x))
+    for jit in (lambda f: f, jax.jit, storax.jit):
+        np.testing.assert_array_equal(jit(f)(jnp.array([0.0, 3.0, 1.0])), 0)
+
+
+@pytest.mark.parametrize("rule", ["relu", "axis_index"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_loop_that_a_vmap_in_the_branch_has_batched(own, rule):
+    """Without state JAX batches it, and its predicate has an axis."""
+    index = storax.StateIndex()
+    storax.set_state(index, jnp.int32(0))
+
+    def double(v):
+        number = jax.nn.relu(v) if rule == "relu" else v + 0 * lax.axis_index("lanes")
+        return number * 2
+
+    loop = lambda v: lax.while_loop(lambda v: v < 4, double, v)
+
+    def taken(x):
+        storax.set_state(index, storax.get_state(index, jnp.int32(0)) + 1)
+        factors = jnp.array([1.0, 3.0])
+        return jax.vmap(jax.vmap(loop))(jnp.stack([factors * (x if own else 1), factors]))[0].sum()
+
+    f = lambda x: lax.cond(x > 0, taken, lambda x: x, x)
+    got = jax.jit(jax.vmap(f, axis_name="lanes"))(jnp.array([0.0, 1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(got, [0, 4 + 6, 4 + 6, 6 + 9] if own else [0, 10, 10, 10])
+    assert storax.get_state(index, jnp.int32(0)) == 1
+
+
 def test_a_first_set_must_cover_all_lanes():
     index = storax.StateIndex(name="first")
     f = lambda x: lax.cond(x > 1, lambda: storax.set_state(index, x), lambda: None)

@@ -22,7 +22,15 @@ import numpy as np
 from jax import lax
 
 from . import _jax, _unknown_jax
-from ._guard import OURS, fill, fill_operands, mark_branches, of_own_lanes, reaching_state
+from ._guard import (
+    OURS,
+    ends_by_state,
+    fill,
+    fill_operands,
+    mark_branches,
+    of_own_lanes,
+    reaching_state,
+)
 from ._masked_custom import mask_custom_jvp, mask_custom_vjp
 from ._primitives import OPERATIONS, get_p, set_masked_p
 
@@ -350,8 +358,8 @@ def _batch_masked_cond(axis_data, args, dims, *, params, others=Others.FILLED):
     num_out = len(branches[0].out_avals)
     takes = [lax.eq(index, lax.full_like(index, k)) for k in range(len(branches))]
     outs = [
-        _run_branch(axis_data, *branch, active, operands, operand_dims, cond_params)
-        for branch in zip(branches, takes, of_branches, strict=True)
+        _run_branch(axis_data, *each, active, operands, operand_dims, cond_params)
+        for each in zip(branches, takes, of_branches, strict=True)
     ]
     results = list(outs[0])
     for k in range(1, len(branches)):
@@ -506,17 +514,20 @@ def _while_in_step(axis_data, args, dims, params, carry_dims, others):
         closed = _close(lambda m, *a: masked(jaxpr, m, a, others), avals)
         return _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
 
-    # Then another device may wait for it.
-    in_any_case = _jax.has_collective_of_devices(cond, body)
+    # Where no lane is to set it, a state may never end the loop. But others may wait for this device.
+    ends = (
+        others is Others.HEARD
+        and ends_by_state(params)
+        and not _jax.has_collective_of_devices(cond, body)
+    )
     cond = batch(cond, cond_consts, cond_dims, [None])
     body = batch(body, body_consts, body_dims, carry_dims)
+    any_lane = _any_lane(_jax.move_to_front(axis_data, mask, mask_dim)) if ends else None
 
     def goes_on(carry):
         (pred,) = _jax.call_jaxpr(cond, mask, *cond_consts, *carry)
-        # If no lane is to set a state, that may never end it.
-        return pred if in_any_case else pred & _any_lane(lanes)
+        return pred & any_lane if ends else pred
 
-    lanes = _jax.move_to_front(axis_data, mask, mask_dim)
     out = lax.while_loop(
         goes_on,
         lambda carry: _jax.call_jaxpr(body, mask, *body_consts, *carry),

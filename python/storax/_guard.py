@@ -24,7 +24,15 @@ from jax import lax
 
 from . import _jax
 
-__all__ = ["OURS", "fill", "fill_operands", "install", "of_own_lanes", "reaching_state"]
+__all__ = [
+    "OURS",
+    "ends_by_state",
+    "fill",
+    "fill_operands",
+    "install",
+    "of_own_lanes",
+    "reaching_state",
+]
 
 # One lane's values, as they are, under the mask of whether the lane counts. Of each: whether it must keep
 # its batch axes, as state depends on it, and whether it is filled in any case. With `own_values` none is,
@@ -35,8 +43,9 @@ fill_p = _jax.Primitive("fill")
 fill_lanes_p = _jax.Primitive("fill_lanes")
 for _p in (fill_p, fill_lanes_p):
     _p.multiple_results = True
-# What goes into a loop in a branch with state. What a derivative takes off from that branch, to run in a
-# backward pass, has no state, but the loop perhaps, which must not run for other lanes there either.
+# What goes into a loop in a branch with state, or into a function with rules, which may have one. What a
+# derivative takes off from that branch, to run in a backward pass, has no state, but the loop perhaps, which
+# must not run for other lanes there either.
 of_branch_p = _jax.Primitive("of_branch")
 # What has these is a branch of ours.
 OURS = (fill_p.name, fill_lanes_p.name, of_branch_p.name)
@@ -86,7 +95,7 @@ def mark_branches(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_loop(eqn):
-    return _jax.has_primitive(eqn, "while", *_jax.RULES)
+    return _jax.has_primitive(eqn, "while", *_jax.RULES, _jax.BACKWARD_RULE)
 
 
 @_jax.remembered_by_jaxpr
@@ -123,20 +132,44 @@ def _deciding(eqn):
         return []
     if eqn.primitive.name != "while":
         return eqn.invars
-    cond_consts, body_consts, init = _jax.split_while(eqn.params, eqn.invars)
-    cond, body = (_jax.open_jaxpr(eqn.params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
-    in_cond = _among(_reaching(cond, _deciding, cond.outvars), cond.invars)
-    carries = in_cond[len(cond_consts) :]
+    cond, body = _functions(eqn.params)
+    in_cond, in_body, carries = _reaching_predicate(eqn.params, _deciding)
+    flags = (
+        *_among(in_cond, cond.invars[: eqn.params["cond_nconsts"]]),
+        *_among(in_body, body.invars[: eqn.params["body_nconsts"]]),
+        *carries,
+    )
+    return [v for v, decides in zip(eqn.invars, flags, strict=True) if decides]
+
+
+def ends_by_state(params: dict[str, Any]) -> bool:
+    """Whether a state that is got says whether a loop ends."""
+    in_cond, in_body, _ = _reaching_predicate(params, lambda _: ())
+    return any(
+        v in found
+        for jaxpr, found in zip(_functions(params), (in_cond, in_body), strict=True)
+        for eqn in filter(_jax.has_state, jaxpr.eqns)
+        for v in eqn.outvars
+    )
+
+
+def _functions(params):
+    return [_jax.open_jaxpr(params[name]) for name in ("cond_jaxpr", "body_jaxpr")]
+
+
+def _reaching_predicate(params, targets):
+    """The variables of a loop's condition, and of its body, that go into any predicate; and which carries."""
+    cond, body = _functions(params)
+    in_cond = _reaching(cond, targets, cond.outvars)
+    carries = _among(in_cond, cond.invars[params["cond_nconsts"] :])
     while True:
         outs = [v for v, decides in zip(body.outvars, carries, strict=True) if decides]
-        in_body = _among(_reaching(body, _deciding, outs), body.invars)
-        new = tuple(a or b for a, b in zip(carries, in_body[len(body_consts) :], strict=True))
+        in_body = _reaching(body, targets, outs)
+        carried = _among(in_body, body.invars[params["body_nconsts"] :])
+        new = tuple(a or b for a, b in zip(carries, carried, strict=True))
         if new == carries:
-            break
+            return in_cond, in_body, carries
         carries = new
-    flags = (*in_cond[: len(cond_consts)], *in_body[: len(body_consts)], *carries)
-    operands = (*cond_consts, *body_consts, *init)
-    return [v for v, decides in zip(operands, flags, strict=True) if decides]
 
 
 # --- One lane's values -----------------------------------------------------------------------------

@@ -353,20 +353,38 @@ def open_jaxpr(jaxpr: Any) -> Any:
 remembered_by_jaxpr = _util.weakref_lru_cache
 
 
+# These run the jaxpr in them once, or each time.
+_CALLS = ("jit", "remat2", "closed_call", "eval_jaxpr", "scan")
+
+
 def jaxpr_with_marks(jaxpr: Any, mark: Any, where: Callable[[Any], bool]) -> Any:
-    """A closed jaxpr with the primitive `mark`, an identity, on the operands of these equations."""
+    """A jaxpr with the primitive `mark`, an identity, on the operands of these equations.
+
+    Also in the functions that it calls: what one hands to a loop in it may come from there alone.
+    """
     body = open_jaxpr(jaxpr)
-    eqns = []
+    eqns: list[Any] = []
+    marked = set()
     for eqn in body.eqns:
+        if eqn.primitive is mark:
+            marked.update(eqn.outvars)
         if where(eqn):
             operands = []
             for v in eqn.invars:
-                if not isinstance(v, Literal) and isinstance(v.aval, _core.ShapedArray):
-                    marked = _core.Var(v.aval)
-                    eqns.append(_core.new_jaxpr_eqn([v], [marked], mark, {}, set()))
-                    v = marked
+                if (
+                    not isinstance(v, Literal)
+                    and v not in marked
+                    and isinstance(v.aval, _core.ShapedArray)
+                ):
+                    out = _core.Var(v.aval)
+                    eqns.append(_core.new_jaxpr_eqn([v], [out], mark, {}, set()))
+                    v = out
                 operands.append(v)
             eqn = eqn.replace(invars=operands)
+            if eqn.primitive.name in _CALLS:
+                name = "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
+                inner = jaxpr_with_marks(eqn.params[name], mark, where)
+                eqn = eqn.replace(params={**eqn.params, name: inner})
         eqns.append(eqn)
     body = body.replace(eqns=eqns)
     return body if body.__class__ is jaxpr.__class__ else _core.ClosedJaxpr(body, jaxpr.consts)
@@ -420,6 +438,7 @@ PVARY = "pvary"
 # Functions with rules of their own for derivatives.
 RULES = ("custom_jvp_call", "custom_vjp_call")
 CUSTOM_VMAP = "custom_vmap_call"
+BACKWARD_RULE = "custom_lin"  # what JAX has made of a custom_vjp that is to be transposed
 
 
 def has_primitive(eqn: Any, *names: str) -> bool:
@@ -705,11 +724,22 @@ def define_jvp(primitive: Any, rule: Callable[..., Any]) -> None:
 
 
 def define_identity(primitive: Any) -> None:
-    """An operation of one value, that it gives back: it is one on tangents and cotangents too."""
+    """An operation of one value, that it gives back: it is one on tangents and cotangents too.
+
+    Remat does it again and saves its operand, whatever the policy.
+    """
+
+    def rule_in_remat(saveable, unknown_in, instantiate_in, eqn):
+        if unknown_in[0]:
+            return None, eqn, [True], [True], []
+        saved = [] if instantiate_in[0] or isinstance(eqn.invars[0], Literal) else eqn.invars
+        return eqn, eqn, [False], [True], saved
+
     primitive.def_impl(lambda x: x)
     primitive.def_abstract_eval(lambda x: x)
     _batching.defvectorized(primitive)
     _ad.deflinear2(primitive, lambda ct, _: [primitive.bind(ct)])
+    _pe.partial_eval_jaxpr_custom_rules[primitive] = rule_in_remat
     define_lowering(primitive, lambda ctx, x: [x])
 
 

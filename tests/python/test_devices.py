@@ -459,6 +459,22 @@ def test_a_loop_of_a_state_in_a_mask(vma):
     np.testing.assert_array_equal(read(index, vma=vma), [1, 10, 10, 10])
 
 
+@pytest.mark.timeout(60, method="thread")  # XLA hears of no signal
+def test_a_loop_of_a_state_that_other_devices_wait_for():
+    """It runs where no lane takes the branch too, as often as a state says that devices share."""
+    limit = storax.StateIndex()
+    storax.set_state(limit, jnp.float32(2))
+    lanes = np.array([0, 0, 1, 2, 0, 3, 4, 0], np.float32)
+
+    def taken(x):
+        step = lambda c: (c[0] + 1, c[1] + lax.psum(c[0] + 1, "i"))
+        return x + lax.while_loop(lambda c: c[0] < get(limit), step, (jnp.float32(0),) * 2)[1]
+
+    lane = lambda x: lax.cond(x > 0, taken, lambda x: x, x)
+    got = jax.jit(shard(jax.vmap(lane), check_vma=False))(lanes)
+    np.testing.assert_array_equal(got, np.where(lanes > 0, lanes + 4 + 8, 0))
+
+
 def test_partly_manual_is_refused():
     index = storax.StateIndex(name="partly")
     f = shard(

@@ -359,14 +359,15 @@ def dot(x):
     return jnp.dot(x * PAIR, PAIR * 2)
 
 
-def beside_a_derivative(kept):
+def beside_a_derivative(kept, wrap=lambda f: f):
     """The backward pass goes through the branch only for a loop of what the forward pass has kept."""
 
     def program(_):
         index = storax.StateIndex()
 
         def taken(w, x):
-            return w * w, doubled(kept(storax.get_state(index, 0 * x), x))
+            in_loop = wrap(lambda got, x: doubled(kept(got, x)))
+            return w * w, in_loop(storax.get_state(index, 0 * x), x)
 
         def f(w, x):
             storax.set_state(index, 1 * x)
@@ -392,12 +393,23 @@ BACKWARD = {
     "checkpoint of dots around a jit": lambda index: checkpoint_of_dots(
         branch_of(jax.jit(lambda w, x: w * doubled(lax.stop_gradient(dot(x)))))(index)
     ),
+    "checkpoint of everything around": lambda index: jax.checkpoint(
+        branch_of(times_doubled)(index), policy=jax.checkpoint_policies.everything_saveable
+    ),
+    "checkpoint of a rule around": lambda index: jax.checkpoint(branch_of(loop_backward)(index)),
+    "checkpoint of a scan of a rule around": lambda index: jax.checkpoint(
+        _in_scan(branch_of(jax.jit(loop_backward))(index))
+    ),
     "scan around": lambda index: _in_scan(branch_of(jax.checkpoint(times_doubled))(index)),
     "rule": branch_of(loop_backward),
     "rule in a checkpoint": branch_of(jax.checkpoint(loop_backward)),
     "custom_vjp": branch_of(CALLS["custom_vjp"](jax.checkpoint(times_doubled))),
     "beside a derivative, of what is got": beside_a_derivative(lambda got, x: got),
     "beside a derivative, of a dot": beside_a_derivative(lambda got, x: dot(x)),
+    "beside a derivative, of a dot in a jit": beside_a_derivative(lambda got, x: dot(x), jax.jit),
+    "beside a derivative, of a dot in a checkpoint": beside_a_derivative(
+        lambda got, x: dot(x), jax.checkpoint
+    ),
 }
 
 
@@ -676,6 +688,20 @@ def in_a_loop_that_has_ended(index):
     return (lambda x: lax.while_loop(goes_on, body, x)), [0.0, 5.0, 1.0], [3.0, 5.0, 3.0], 0
 
 
+def a_loop_that_ends_by_itself(index):
+    """It runs for the lanes that are not active too: a collective hears of them."""
+
+    def step(n):
+        add_one(index)
+        return n + 1
+
+    def inner(x):
+        return lax.pmean(x, "lanes") * 0 + x + lax.while_loop(lambda n: n < 3, step, 0.0)
+
+    outer = lambda x: lax.psum(lax.cond(x < -1, inner, lambda x: x, x), "lanes")
+    return (lambda x: lax.cond(x > 0, outer, lambda x: x, x)), [-2.0, 1.0], [-2.0, 2.0], 0
+
+
 def beside_a_branch_with_a_collective(index):
     """A loop that ends in a lane that takes its branch, and in no other."""
 
@@ -691,7 +717,12 @@ def beside_a_branch_with_a_collective(index):
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit, storax.jit])
 @pytest.mark.parametrize(
     "make",
-    [in_a_branch_of_a_branch, in_a_loop_that_has_ended, beside_a_branch_with_a_collective],
+    [
+        in_a_branch_of_a_branch,
+        in_a_loop_that_has_ended,
+        a_loop_that_ends_by_itself,
+        beside_a_branch_with_a_collective,
+    ],
 )
 def test_no_loop_hangs_for_a_collective(make, jit):
     index = counter()

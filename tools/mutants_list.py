@@ -474,13 +474,6 @@ MUTANTS = [
         "other_lanes -k backward_pass_of",
     ),
     Mutant(
-        "a branch of a derivative that is taken apart is not known for ours",
-        "_jax.py",
-        "_pe.custom_partial_eval_rules[primitive] = split_prepared",
-        "pass",
-        "other_lanes -k backward_pass_of",
-    ),
-    Mutant(
         "a branch that remat takes apart is not known for ours",
         "_jax.py",
         "_pe.partial_eval_jaxpr_custom_rules[primitive] = split_prepared_in_remat",

@@ -1016,26 +1016,18 @@ def wrap_batching(primitive: Any, make: Callable[[Callable[..., Any]], Callable[
 
 
 def wrap_splitting(primitive: Any, prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Where JAX takes a primitive apart into what is differentiated and the rest: of what it does so.
-
-    `prepare(params)` gives the parameters that are taken apart.
-    """
+    """Where JAX splits a primitive, into what is differentiated and the rest, it splits `prepare(params)`."""
     linearize = _ad.primitive_linearizations[primitive]
-    split = _pe.custom_partial_eval_rules[primitive]
     split_in_remat = _pe.partial_eval_jaxpr_custom_rules[primitive]
 
     def linearize_prepared(is_vjp, nonzeros, *primals, **params):
         return linearize(is_vjp, nonzeros, *primals, **prepare(params))
-
-    def split_prepared(trace, *tracers, **params):
-        return split(trace, *tracers, **prepare(params))
 
     def split_prepared_in_remat(saveable, unknown_in, instantiate_in, eqn):
         eqn = eqn.replace(params=prepare(eqn.params))
         return split_in_remat(saveable, unknown_in, instantiate_in, eqn)
 
     _ad.primitive_linearizations[primitive] = linearize_prepared
-    _pe.custom_partial_eval_rules[primitive] = split_prepared
     _pe.partial_eval_jaxpr_custom_rules[primitive] = split_prepared_in_remat
 
 

@@ -735,20 +735,22 @@ def test_a_branch_that_only_lanes_that_have_ended_would_take_does_nothing():
         np.testing.assert_array_equal(jit(f)(jnp.array([0.0, 3.0, 1.0])), 0)
 
 
-def test_a_shared_predicate_in_nested_vmaps():
+@pytest.mark.parametrize("ends", ["by a number", "by a state"])
+def test_a_shared_predicate_in_nested_vmaps(ends):
     """Of a loop that all lanes run in step: what it counts is no lane's own."""
     index = storax.StateIndex()
     storax.set_state(index, jnp.int32(0))
+    count = lambda: storax.get_state(index, jnp.int32(0))
 
     def step(n):
-        storax.set_state(index, n)
+        storax.set_state(index, n + 1)
         return n + 1
 
-    loop = lambda: lax.while_loop(lambda n: n < 3, step, 0)
+    loop = lambda: lax.while_loop(lambda n: (n if ends == "by a number" else count()) < 3, step, 0)
     f = lambda x: lax.cond(x > 0, loop, lambda: 0)
     got = jax.vmap(jax.vmap(f))(jnp.array([[1.0, -1.0], [-1.0, -1.0]]))
     np.testing.assert_array_equal(got, [[3, 0], [0, 0]])
-    assert storax.get_state(index, jnp.int32(0)) == 2
+    assert count() == 3
 
 
 @pytest.mark.parametrize("rule", ["relu", "axis_index"])

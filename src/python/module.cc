@@ -365,11 +365,10 @@ NB_MODULE(_core, m) {
         if (!slot) {
           throw std::runtime_error(
               "storax: a StateIndex that a program uses is gone. If it was made inside of a "
-              "function "
-              "that JAX traced, it lived no longer than that: make it outside, and pass it in or "
-              "close over it. If its name now stands for another, JAX remembers what it traced "
-              "with "
-              "the first: call `jax.clear_caches()`, or define the functions that use it again.");
+              "function that JAX traced, it lived no longer than that: make it outside, and "
+              "pass it in or close over it. If its name now stands for another, JAX remembers "
+              "what it traced with the first: call `jax.clear_caches()`, or define the "
+              "functions that use it again.");
         }
         return slot;
       },

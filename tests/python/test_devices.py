@@ -431,9 +431,9 @@ def test_a_branch_with_a_collective_of_lanes_that_no_lane_takes():
     def taken(x):
         return lax.psum(x, "lanes") + storax.get_state(unset, x)
 
-    # JAX has no `psum` of lanes that differ from device to device where it checks that.
     lane = lambda x: lax.cond(x > 9, taken, lambda x: x, x)
     in_lanes = jax.vmap(lane, axis_name="lanes")
+    # JAX has no `psum` of lanes that differ from device to device where it checks that.
     got = jax.jit(shard(in_lanes, check_vma=False))(np.arange(8, dtype=np.float32))
     np.testing.assert_array_equal(got, np.arange(8))
 

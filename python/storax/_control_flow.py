@@ -10,11 +10,7 @@ JAX's rules also move batch axes to the front. Wherever they do, levels are mark
 `storax::BatchLevel`. Control flow without state goes to JAX's own rules, untouched.
 """
 
-import collections
-import enum
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,259 +18,20 @@ import numpy as np
 from jax import lax
 
 from . import _jax, _unknown_jax
-from ._guard import (
-    OURS,
-    ends_by_state,
-    fill,
-    fill_operands,
-    mark_branches,
-    of_own_lanes,
-    reaching_state,
+from ._masked import (
+    Others,
+    close,
+    masked,
+    masked_and_filled,
+    masked_cond_p,
+    masked_while_p,
+    select,
 )
-from ._masked_custom import mask_custom_jvp, mask_custom_vjp
-from ._primitives import OPERATIONS, get_p, set_masked_p
+from ._other_lanes import OURS, ends_by_state, fill, mark_branches
 
 __all__ = ["install"]
 
-# A per-lane cond or while under a mask. These live only between `masked` and the batching of what it
-# returns, which turns them into ordinary control flow.
-masked_cond_p = _jax.Primitive("masked_cond")
-masked_while_p = _jax.Primitive("masked_while")
-for _p in (masked_cond_p, masked_while_p):
-    _p.multiple_results = True
-
-
-class _Params(dict):
-    """An equation's parameters as one hashable parameter."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-@masked_cond_p.def_effectful_abstract_eval
-def _(mask, index, *operands, params, others):
-    return list(params["branches"][0].out_avals), _jax.state_effects(*params["branches"])
-
-
-@masked_while_p.def_effectful_abstract_eval
-def _(mask, *operands, params, others):
-    effects = _jax.state_effects(params["cond_jaxpr"], params["body_jaxpr"])
-    return list(params["body_jaxpr"].out_avals), effects
-
-
-class Others(enum.Enum):
-    """What lanes compute with in a branch that they don't take, or after they have ended."""
-
-    FILLED = "what a lane has that takes it"
-    OWN = "what they have"  # all that they compute is selected away
-    HEARD = "what they have, of which a collective may hear"
-
-
-# What differs from lane to lane of itself.
-_OWN = ("axis_index",)
-
-
-# --- Masking a per-lane program -------------------------------------------------------------------
-
-
-def masked(jaxpr: Any, mask: Any, args: Sequence[Any], others: Others) -> list[Any]:
-    """Evaluates a closed jaxpr for one lane so that it sets state only where `mask` is true.
-
-    If the others are filled, a lane of which it is not true gets the state, and the number, of another.
-    """
-    return _masked(_jax.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), mask, args, others)
-
-
-def _masked_and_filled(jaxpr, mask, args, others=Others.FILLED, takes=None):
-    """The same, and such a lane gets what another has of `args` too.
-
-    If the others are heard, one that `takes` is not true of has no derivative by them instead.
-    """
-    heard = others is Others.HEARD
-    args, for_state = fill_operands(jaxpr, takes if heard else mask, args, own_values=heard)
-    consts = getattr(jaxpr, "consts", ())
-    return _masked(_jax.open_jaxpr(jaxpr), consts, mask, args, others, for_state)
-
-
-def _masked(jaxpr, consts, mask, args, others, for_state=None):
-    """`for_state` are other values of some inputs, for what leads to operations on state."""
-    env = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    env_of_state = dict(for_state or {})
-    own = collections.ChainMap(env_of_state, env)
-    into_state = reaching_state(jaxpr) if env_of_state else ()
-    looked: dict[int, Any] = {}
-
-    def run(eqn, env):
-        ins = [v.val if isinstance(v, _jax.Literal) else env[v] for v in eqn.invars]
-        with eqn.ctx.manager:
-            outs = _masked_equation(eqn, ins, mask, others)
-        return zip(eqn.outvars, outs, strict=True)
-
-    for eqn in jaxpr.eqns:
-        variables = [v for v in eqn.invars if not isinstance(v, _jax.Literal)]
-        if not any(v in env_of_state for v in variables):
-            env.update(run(eqn, env))
-            continue
-        leads = any(v in into_state for v in eqn.outvars)
-        rules = _jax.look_into_rules(eqn, looked)
-        acts = _jax.acts(eqn) or rules.act
-        if _jax.has_state(eqn) or rules.have_state or (leads and acts):  # it is to happen once
-            ins = {v: own[v] for v in variables}
-            if others is Others.HEARD and eqn.primitive not in OPERATIONS:
-                ins = of_own_lanes(mask, ins, eqn.primitive.name)
-            env.update(run(eqn, ins))
-        else:
-            if leads:
-                env_of_state.update(run(eqn, own))
-            env.update(run(eqn, env))
-    return [v.val if isinstance(v, _jax.Literal) else env[v] for v in jaxpr.outvars]
-
-
-def _masked_equation(eqn, ins, mask, others):
-    # What is pure may still have rules with state in them.
-    has_state = _jax.has_state(eqn)
-    if eqn.primitive is get_p or eqn.primitive.name in _OWN:
-        outs = _jax.bind_equation(eqn, ins)
-        return fill(mask, outs) if others is Others.FILLED else outs
-    if eqn.primitive.name == _jax.PVARY:
-        return [_jax.make_varying(x, frozenset(eqn.params["axes"])) for x in ins]
-    if not (has_state or _jax.has_primitive(eqn, *_OWN, _jax.PVARY, *_jax.RULES)):
-        return _jax.bind_equation(eqn, ins)
-    rule = _masked_rules.get(eqn.primitive.name)
-    if rule is None and not has_state:
-        return _jax.bind_equation(eqn, ins)
-    if rule is None:
-        raise NotImplementedError(
-            f"storax: state inside `{_jax.name_of(eqn)}`, in a branch or loop whose predicate is "
-            "batched by `jax.vmap`, is not supported. Move the get and set out of it, or make the "
-            "predicate independent of the batch."
-        )
-    return rule(eqn.params, ins, mask, others)
-
-
-def _mask_set(params, ins, mask, _):
-    return set_masked_p.bind(mask, *ins, mask_axes=(None,) * len(params["levels"]), **params)
-
-
-def _mask_set_masked(params, ins, mask, _):
-    inner, *state = ins
-    return set_masked_p.bind(
-        lax.bitwise_and(inner, jnp.broadcast_to(mask, inner.shape)), *state, **params
-    )
-
-
-def _mask_scan(params, ins, mask, others):
-    consts, init, xs = _jax.split_scan(params, ins)
-
-    def body(carry, x):
-        out = masked(params["jaxpr"], mask, [*consts, *carry, *x], others)
-        return out[: len(init)], out[len(init) :]
-
-    carry, ys = lax.scan(
-        body, init, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
-    )
-    return [*carry, *ys]
-
-
-def _mask_jit(params, ins, mask, others):
-    inner = jax.jit(lambda mask, *args: masked(params["jaxpr"], mask, args, others))
-    return inner(mask, *ins)
-
-
-def _mask_checkpoint(params, ins, mask, others):
-    prevent_cse = params["prevent_cse"]
-    if isinstance(prevent_cse, tuple):  # for each operand
-        prevent_cse = (True, *prevent_cse)
-    inner = jax.checkpoint(
-        lambda mask, *args: masked(params["jaxpr"], mask, args, others),
-        prevent_cse=prevent_cse,
-        policy=params["policy"],
-    )
-    return inner(mask, *ins)
-
-
-def _mask_shard_map(params, ins, mask, others):
-    inner = _jax.shard_map_like(
-        lambda mask, *args: _masked(_jax.open_jaxpr(params["jaxpr"]), (), mask, args, others),
-        params,
-    )
-    return inner(mask, *ins)
-
-
-def _mask_call(params, ins, mask, others):
-    return masked(params["call_jaxpr"], mask, ins, others)
-
-
-def _mask_with_rules(mask_custom):
-    def rule(params, ins, mask, others):
-        return mask_custom(functools.partial(masked, others=others), params, ins, mask)
-
-    return rule
-
-
-def _mask_cond(params, ins, mask, others):
-    return masked_cond_p.bind(mask, *ins, params=_Params(params), others=others)
-
-
-def _mask_while(params, ins, mask, others):
-    if params["cond_jaxpr"].out_avals[0].shape:
-        params, ins = _with_one_predicate(params, ins)
-    return masked_while_p.bind(mask, *ins, params=_Params(params), others=others)
-
-
-def _with_one_predicate(params, operands):
-    """The same loop, without state, that JAX has batched: it has a predicate for each lane."""
-    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
-    cond_consts = operands[: params["cond_nconsts"]]
-    n_cond = len(cond_consts)
-    n_consts = n_cond + params["body_nconsts"]
-
-    def goes_on(*args):
-        (pred,) = _jax.call_jaxpr(cond, *args)
-        return [lax.reduce_or(pred, range(pred.ndim))]
-
-    def step(*args):
-        carry = args[n_consts:]
-        (pred,) = _jax.call_jaxpr(cond, *args[:n_cond], *carry)
-        new = _jax.call_jaxpr(body, *args[n_cond:])
-        return [_select(pred, range(pred.ndim), x, y) for x, y in zip(new, carry, strict=True)]
-
-    avals = [jax.typeof(x) for x in operands]
-    params = {
-        **params,
-        "cond_jaxpr": _close(goes_on, [*avals[:n_cond], *avals[n_consts:]]),
-        "body_jaxpr": _close(step, avals),
-        "body_nconsts": n_consts,
-    }
-    return params, [*cond_consts, *operands]  # the body has the condition's constants too
-
-
-_masked_rules: dict[str, Callable[..., Any]] = {
-    "set_state": _mask_set,
-    "set_state_masked": _mask_set_masked,
-    "scan": _mask_scan,
-    "jit": _mask_jit,
-    "remat2": _mask_checkpoint,
-    "shard_map": _mask_shard_map,
-    "custom_jvp_call": _mask_with_rules(mask_custom_jvp),
-    "custom_vjp_call": _mask_with_rules(mask_custom_vjp),
-    # What JAX makes of a scan under checkpoint, and the like; the latter since 0.11.
-    **dict.fromkeys(("closed_call", "eval_jaxpr"), _mask_call),
-    "cond": _mask_cond,
-    "while": _mask_while,
-}
-
-
 # --- Batching -------------------------------------------------------------------------------------
-
-
-def _close(f: Callable[..., Any], avals: Sequence[Any]) -> Any:
-    """Traces a function of flat arguments to a closed jaxpr."""
-    return jax.make_jaxpr(f)(*avals)
 
 
 def _lane_avals(axis_data, args, dims):
@@ -307,10 +64,6 @@ def _refuse_what_acts(kind, *jaxprs):
 
 def _any_lane(mask):
     return lax.reduce_or(mask, (0,))
-
-
-def _select(lanes, axes, x, y):
-    return lax.select(_jax.broadcast_like(lanes, axes, x), x, y)
 
 
 def _zeros(aval):
@@ -346,7 +99,7 @@ def _batch_masked_cond(axis_data, args, dims, *, params, others=Others.FILLED):
         ins, in_dims = [mask, *operands], [mask_dim, *operand_dims]
         avals = _lane_avals(axis_data, ins, in_dims)
         closed = [
-            _close(lambda m, *a, b=b, o=o: masked(b, m, a, o), avals)
+            close(lambda m, *a, b=b, o=o: masked(b, m, a, o), avals)
             for b, o in zip(branches, of_branches, strict=True)
         ]
         out_dims = _common_out_axes(axis_data, closed, in_dims)
@@ -363,7 +116,7 @@ def _batch_masked_cond(axis_data, args, dims, *, params, others=Others.FILLED):
     ]
     results = list(outs[0])
     for k in range(1, len(branches)):
-        results = [_select(takes[k], [0], x, r) for x, r in zip(outs[k], results, strict=True)]
+        results = [select(takes[k], [0], x, r) for x, r in zip(outs[k], results, strict=True)]
     return results, [0] * num_out
 
 
@@ -381,16 +134,16 @@ def _run_branch(axis_data, branch, takes, others, active, operands, operand_dims
     ins, in_dims = [lanes, takes, *operands], [0, 0, *operand_dims]
 
     def one_lane(mask, takes, *args):
-        out = _masked_and_filled(branch, mask, args, others, takes)
+        out = masked_and_filled(branch, mask, args, others, takes)
         # By which an outer vmap knows it for ours.
         return fill(mask, out, filled=False) if pure and others is Others.FILLED else out
 
-    closed = _close(one_lane, _lane_avals(axis_data, ins, in_dims))
+    closed = close(one_lane, _lane_avals(axis_data, ins, in_dims))
     run = _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
     if _jax.has_collective_of_devices(branch) or (pure and _jax.has_collective(branch)):
         out = _jax.call_jaxpr(run, *ins)  # other devices, which may take it, wait for this one
     else:
-        skip = _close(lambda *_: [_zeros(a) for a in run.out_avals], [jax.typeof(x) for x in ins])
+        skip = close(lambda *_: [_zeros(a) for a in run.out_avals], [jax.typeof(x) for x in ins])
         taken = lax.convert_element_type(_any_lane(runs), np.int32)
         out = lax.cond_p.bind(taken, *ins, branches=(skip, run), **cond_params)
     return [_jax.spread_lanes(axis_data, x) for x in out]
@@ -440,7 +193,7 @@ def _batch_masked_while(axis_data, args, dims, *, params, others=Others.FILLED):
         others = Others.OWN
 
     def run(jaxpr, mask, args):
-        evaluate = _masked_and_filled if others is Others.FILLED else masked
+        evaluate = masked_and_filled if others is Others.FILLED else masked
         return evaluate(jaxpr, mask, args, others)
 
     def start(mask, *args):
@@ -465,10 +218,10 @@ def _batch_masked_while(axis_data, args, dims, *, params, others=Others.FILLED):
         mask, mask_dim = _jax.move_to_front(axis_data, jnp.array(True), None), 0
     ins = [mask, *consts, *moving]
     in_dims = [mask_dim, *const_dims, *[0] * len(moving)]
-    closed = _close(start, _lane_avals(axis_data, ins, in_dims))
+    closed = close(start, _lane_avals(axis_data, ins, in_dims))
     (running,) = _jax.call_jaxpr(_jax.batched_jaxpr(closed, axis_data, in_dims, [0]), *ins)
     ins, in_dims = [running, *ins], [0, *in_dims]
-    closed = _close(step, _lane_avals(axis_data, ins, in_dims))
+    closed = close(step, _lane_avals(axis_data, ins, in_dims))
     one_step = _jax.batched_jaxpr(closed, axis_data, in_dims, [0] * (1 + len(moving)))
     _, *moved = lax.while_loop(
         lambda carry: _any_lane(carry[0]),
@@ -511,7 +264,7 @@ def _while_in_step(axis_data, args, dims, params, carry_dims, others):
     def batch(jaxpr, consts, const_dims, out_dims):
         in_dims = [mask_dim, *const_dims, *carry_dims]
         avals = _lane_avals(axis_data, [mask, *consts, *init], in_dims)
-        closed = _close(lambda m, *a: masked(jaxpr, m, a, others), avals)
+        closed = close(lambda m, *a: masked(jaxpr, m, a, others), avals)
         return _jax.batched_jaxpr(closed, axis_data, in_dims, out_dims)
 
     # Where no lane is to set it, a state may never end the loop. But others may wait for this device.

@@ -2,7 +2,16 @@
 
 from collections.abc import Callable
 
-from . import _control_flow, _equinox, _guard, _jax, _lowering, _primitives, _refused, _unknown_jax
+from . import (
+    _control_flow,
+    _equinox,
+    _jax,
+    _lowering,
+    _other_lanes,
+    _primitives,
+    _refused,
+    _unknown_jax,
+)
 
 __all__ = ["install"]
 
@@ -24,7 +33,7 @@ def install() -> None:
         ("vmap", _primitives.install_batching),
         ("grad", _primitives.install_differentiation),
         ("jit", _lowering.install),
-        ("vmap", _guard.install),
+        ("vmap", _other_lanes.install),
         ("vmap", _control_flow.install),
         ("reductions", _refused.install_reductions),
         ("disable_jit", _refused.install_while_loop),

@@ -12,7 +12,7 @@ from . import _jax
 
 __all__ = ["mask_custom_jvp", "mask_custom_vjp"]
 
-# _control_flow.masked: (closed jaxpr, mask, args) -> results
+# _masked.masked: (closed jaxpr, mask, args) -> results
 Masked = Callable[[Any, Any, Sequence[Any]], list[Any]]
 
 

@@ -10,7 +10,7 @@ from jax import lax
 
 from .._index import StateIndex
 from .._operations import get_state, set_state
-from ._state import in_inference, index_holding
+from ._state import in_inference, index_holding, like_held
 
 __all__ = ["BatchNorm"]
 
@@ -63,10 +63,12 @@ class BatchNorm(eqx.Module):
     !!! warning
 
         The running statistics belong to the whole batch, so `axis_name` must name every `jax.vmap`
-        (or the like) that `x` is batched by. An axis that has another name, or none, gives each of
-        its lanes statistics of its own, and these are not what the layer holds: `RuntimeError`.
-        The same goes for training under `jax.shard_map` and `jax.pmap`, where every device has a
-        state of its own; in inference the layer works there.
+        that `x` is batched by. An axis that has another name, or none, gives each of its lanes
+        statistics of its own, and these are not what the layer holds: `RuntimeError`.
+
+        Under `jax.shard_map` and `jax.pmap` every device has a state of its own. They are all the
+        same, that of the whole batch, if `axis_name` names the mesh's axes too. If it does not, they
+        are those of each device's part of the batch.
 
     ??? cite
 
@@ -127,9 +129,15 @@ class BatchNorm(eqx.Module):
 
         **Raises:**
 
+        - `TypeError` if `input_size` is not an integer.
         - `ValueError` if `mode` is neither `"ema"` nor `"batch"`, `momentum` is not between 0 and
           1, or `dtype` is not a real floating-point dtype.
         """
+        if not hasattr(input_size, "__index__"):
+            raise TypeError(
+                "BatchNorm: `input_size`, the number of channels, must be an integer, not "
+                f"{input_size!r}."
+            )
         if mode not in ("ema", "batch"):
             raise ValueError(f"BatchNorm: `mode` must be 'ema' or 'batch', not {mode!r}.")
         if not 0 <= momentum <= 1:
@@ -225,7 +233,7 @@ def _check(norm: BatchNorm, x: jax.Array) -> None:
 def _running(norm: BatchNorm, dtype: Any) -> tuple[jax.Array, jax.Array]:
     # Not made from `x`: the state is not batched, whatever `x` is.
     like = lax.full((norm.input_size,), 0, norm.dtype)
-    mean, var = get_state(norm.state_index, like=(like, like))
+    mean, var = get_state(norm.state_index, like_held(norm.state_index, (like, like)))
     return _cast(mean, dtype), _cast(var, dtype)
 
 

@@ -1,5 +1,7 @@
 """SpectralNorm: a weight divided by its largest singular value, whose estimate is state."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
@@ -9,7 +11,7 @@ from jax import lax
 
 from .._index import StateIndex
 from .._operations import get_state, set_state
-from ._state import in_inference, index_holding
+from ._state import in_inference, index_holding, like_held
 
 __all__ = ["SpectralNorm"]
 
@@ -26,6 +28,11 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
     $W / \sigma(W)$ in its place. A weight of more than two dimensions is seen as a matrix of shape
     `(weight.shape[0], -1)`.
 
+    Made of a weight alone, as in `equinox.experimental`, it takes the place of that weight: where an
+    operation of `jax.numpy`, or an operator, meets it, it is $W / \sigma(W)$. That is enough for an
+    `equinox.nn.Linear`. JAX's own `lax` functions, and so convolutions, do not take such a thing: wrap
+    the layer.
+
     The estimate of $\sigma(W)$ is $u^\top W v$. Each training call improves $u$ and $v$ by [power
     iteration](https://en.wikipedia.org/wiki/Power_iteration), and remembers them, as a side effect;
     in inference they are used as they are. They are constants in differentiation: gradients reach
@@ -38,6 +45,15 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
         ```python
         linear = eqx.nn.Linear(3, 4, key=key1)
         linear = storax.SpectralNorm(linear, "weight", key=key2)
+        jax.vmap(linear)(jnp.ones((8, 3)))
+        ```
+
+    !!! example
+
+        ```python
+        linear = eqx.nn.Linear(3, 4, key=key1)
+        weight = storax.SpectralNorm(linear.weight, key=key2)
+        linear = eqx.tree_at(lambda l: l.weight, linear, weight)
         jax.vmap(linear)(jnp.ones((8, 3)))
         ```
 
@@ -61,14 +77,14 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
     layer: _Layer
     uv_index: StateIndex
     inference: bool
-    weight_name: str = eqx.field(static=True)
+    weight_name: str | None = eqx.field(static=True)
     num_power_iterations: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
 
     def __init__(
         self,
         layer: _Layer,
-        weight_name: str,
+        weight_name: str | None = None,
         num_power_iterations: int = 1,
         eps: float = 1e-12,
         inference: bool = False,
@@ -77,9 +93,10 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
     ):
         """**Arguments:**
 
-        - `layer`: the layer to wrap, for example an `equinox.nn.Linear` or `equinox.nn.Conv2d`.
+        - `layer`: the layer to wrap, for example an `equinox.nn.Linear` or `equinox.nn.Conv2d`; or
+          the weight to take the place of.
         - `weight_name`: the name of the attribute of `layer` to normalise: a JAX array of at least
-          two dimensions.
+          two dimensions. None if `layer` is the weight itself.
         - `num_power_iterations`: how many power iterations a training call makes.
         - `eps`: the least norm, and the least size of a singular value, to divide by.
         - `inference`: if true, no power iterations are made.
@@ -91,24 +108,31 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
 
         **Raises:**
 
+        - `TypeError` if there is a `weight_name`, but `layer` is an array, or the other way round.
         - `ValueError` if the weight is not a real floating-point JAX array of at least two
           dimensions, or `num_power_iterations` is negative.
         """
+        if isinstance(layer, jax.Array) != (weight_name is None):
+            raise TypeError(
+                "SpectralNorm: it is made of a layer and the name of its weight, `SpectralNorm(layer, "
+                '"weight", key=key)`, or of a weight alone, `SpectralNorm(weight, key=key)`, all else '
+                f"by name; not of a {type(layer).__name__} and {weight_name!r}."
+            )
         if num_power_iterations < 0:
             raise ValueError(
                 f"SpectralNorm: `num_power_iterations` is {num_power_iterations}; it must not be "
                 "negative."
             )
-        weight = getattr(layer, weight_name)
+        weight: Any = layer if weight_name is None else getattr(layer, weight_name)
         if (
             not isinstance(weight, jax.Array)
             or weight.ndim < 2
             or not jnp.issubdtype(weight.dtype, jnp.floating)
         ):
-            what = jax.typeof(weight) if isinstance(weight, jax.Array) else repr(weight)
+            name = "layer" if weight_name is None else f"{type(layer).__name__}.{weight_name}"
             raise ValueError(
-                f"SpectralNorm: `{type(layer).__name__}.{weight_name}` must be a real floating-"
-                f"point JAX array of at least two dimensions, but it is {what}."
+                f"SpectralNorm: `{name}` must be a real floating-point JAX array of at least two "
+                f"dimensions, but it is {_describe(weight)}."
             )
         matrix = _as_matrix(weight)
         u_key, v_key = jax.random.split(key)
@@ -123,7 +147,18 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
         self.num_power_iterations = num_power_iterations
         self.eps = eps
 
-    @jax.named_scope("storax.SpectralNorm")
+    @property
+    def weight(self) -> jax.Array:
+        """The parameter, before it is normalised."""
+        if self.weight_name is None:
+            return self.layer  # type: ignore[return-value]
+        return getattr(self.layer, self.weight_name)
+
+    @classmethod
+    def withkey(cls, key: jax.Array) -> Callable[..., "SpectralNorm"]:
+        """The class with this `key`, for `equinox.tree_at(..., replace_fn=SpectralNorm.withkey(key))`."""
+        return functools.partial(cls, key=key)
+
     def __call__(
         self, x: jax.Array, *, key: jax.Array | None = None, inference: bool | None = None
     ) -> Any:
@@ -143,28 +178,55 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
 
         - `TypeError` if the layer was passed as an argument to plain `jax.jit` or the like, which
           makes a tracer of its `inference`.
+        - `TypeError` if it is made of a weight alone.
         - `RuntimeError` at trace time if it is called with `inference=False`, but frozen by
           `equinox.nn.inference_mode`.
         - `RuntimeError` when the call runs if the weight is not of the shape, or not batched by
           `jax.vmap` as it was when the layer was made.
         """
         del key
-        inference = in_inference(self, inference)
-        weight = getattr(self.layer, self.weight_name)
-        matrix = _as_matrix(weight)
-        # Made from the weight, to be batched where that is: as one of several models.
-        u, v = get_state(self.uv_index, like=(matrix[:, 0], matrix[0]))
-        if not inference:
-            constant = lax.stop_gradient(matrix)
-            for _ in range(self.num_power_iterations):
-                u, v = _power_iteration(constant, v, self.eps)
-            set_state(self.uv_index, (u, v))
-        sigma = u @ matrix @ v
-        # Nothing but a matrix of (nearly) zeros gets here with less.
-        sigma = jnp.where(jnp.abs(sigma) > self.eps, sigma, self.eps)
-        normalised = (weight / sigma).astype(weight.dtype)
-        layer = eqx.tree_at(lambda x: getattr(x, self.weight_name), self.layer, normalised)
+        name = self.weight_name
+        if name is None:
+            raise TypeError(
+                "SpectralNorm: made of a weight alone, it can't be called: put it in the place of the "
+                "weight. Or wrap the layer: `SpectralNorm(layer, weight_name, key=key)`."
+            )
+        weight = _normalise(self, in_inference(self, inference))
+        layer: Any = eqx.tree_at(lambda x: getattr(x, name), self.layer, weight)
         return layer(x)
+
+    def __jax_array__(self) -> jax.Array:
+        if self.weight_name is not None:
+            raise TypeError(
+                "SpectralNorm: made of a layer, it is no array: call it, `norm(x)`. To stand in the place "
+                "of a weight it is made of that alone: `SpectralNorm(weight, key=key)`."
+            )
+        return _normalise(self, in_inference(self, None))
+
+
+# Functions, as an access to a method of a module costs more than most operations that are traced.
+
+
+@jax.named_scope("storax.SpectralNorm")
+def _normalise(norm: SpectralNorm, inference: bool) -> jax.Array:
+    weight = norm.weight
+    matrix = _as_matrix(weight)
+    # Made from the weight, to be batched where that is: as one of several models.
+    like = like_held(norm.uv_index, (matrix[:, 0], matrix[0]))
+    u, v = (x.astype(matrix.dtype) for x in get_state(norm.uv_index, like))
+    if not inference:
+        constant = lax.stop_gradient(matrix)
+        for _ in range(norm.num_power_iterations):
+            u, v = _power_iteration(constant, v, norm.eps)
+        set_state(norm.uv_index, (u, v))
+    sigma = u @ matrix @ v
+    # Nothing but a matrix of (nearly) zeros gets here with less.
+    sigma = jnp.where(jnp.abs(sigma) > norm.eps, sigma, norm.eps)
+    return (weight / sigma).astype(weight.dtype)
+
+
+def _describe(x: Any) -> str:
+    return str(jax.typeof(x)) if isinstance(x, jax.Array) else repr(x)
 
 
 def _as_matrix(weight: jax.Array) -> jax.Array:

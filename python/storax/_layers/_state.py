@@ -4,11 +4,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from .._index import StateIndex
 from .._operations import set_state
 
-__all__ = ["in_inference", "index_holding"]
+__all__ = ["in_inference", "index_holding", "like_held"]
 
 
 def index_holding(state: Any, *, inference: bool) -> StateIndex:
@@ -20,6 +21,19 @@ def index_holding(state: Any, *, inference: bool) -> StateIndex:
     index = StateIndex()
     set_state(index, state)
     return eqx.tree_at(lambda i: i.inference, index, inference)
+
+
+def like_held(index: StateIndex, like: Any) -> Any:
+    """`like`, of the dtypes that a frozen state has been cast to along with its model."""
+    if index.inference is not True:
+        return like
+    is_float = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+    held = [x for x in jax.tree.leaves(index) if is_float(x)]
+    leaves, treedef = jax.tree.flatten(like)
+    if len(held) != len(leaves):  # nothing is held
+        return like
+    cast = [x.astype(h.dtype) for x, h in zip(leaves, held, strict=True)]
+    return jax.tree.unflatten(treedef, cast)
 
 
 def in_inference(layer: Any, inference: bool | None) -> bool:

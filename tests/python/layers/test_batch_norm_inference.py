@@ -105,6 +105,47 @@ def test_never_trained_is_mean_zero_variance_one():
     assert_close(norm(x), x / np.sqrt(1 + 1e-5))
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, eqx.filter_jit, storax.jit])
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_and_cast(mode, jit):
+    norm = storax.BatchNorm(3, "batch", mode=mode)
+    (x,) = batches(1, 6, 3)
+    apply(norm, x)
+    frozen = eqx.nn.inference_mode(norm)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if eqx.is_inexact_array(a) else a, frozen)
+    out = jit(apply)(half, x.astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), apply(frozen, x), rtol=0.05, atol=0.05)
+
+
+def test_frozen_in_the_loss_its_statistics_are_not_for_an_optimiser():
+    """Frozen outside, they are leaves as weights are, which a weight decay takes for such."""
+    norm = storax.BatchNorm(3, "batch")
+    (x,) = batches(1, 6, 3)
+    apply(norm, x)
+    before = running(norm)
+
+    @eqx.filter_jit
+    def step(model):
+        def loss(model):
+            return jnp.sum(apply(eqx.nn.inference_mode(model), x) ** 2)
+
+        grads = eqx.filter_grad(loss)(model)
+        decayed = jax.tree.map(lambda p: -0.5 * p, eqx.filter(model, eqx.is_inexact_array))
+        return eqx.apply_updates(model, jax.tree.map(lambda g, d: d - 0.1 * g, grads, decayed))
+
+    frozen = eqx.nn.inference_mode(step(norm))
+    assert not jnp.array_equal(frozen.weight, norm.weight)
+    expected = eqx.tree_at(
+        lambda m: (m.weight, m.bias), eqx.nn.inference_mode(norm), (frozen.weight, frozen.bias)
+    )
+    np.testing.assert_array_equal(apply(frozen, x), apply(expected, x))
+    assert_close(running(norm), before)
+    # The other way.
+    shrunk = jax.tree.map(lambda p: p * 0.5 if eqx.is_inexact_array(p) else p, frozen)
+    assert not jnp.array_equal(apply(shrunk, x), apply(frozen, x))
+
+
 # --- In a model -----------------------------------------------------------------------------------
 
 
@@ -175,6 +216,8 @@ def test_complex_input():
 def test_bad_arguments(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         storax.BatchNorm(3, "batch", **kwargs)
+    with pytest.raises(TypeError, match=r"`input_size`.* must be an integer, not 'batch'"):
+        storax.BatchNorm("batch", 3)
 
 
 def test_missing_axis():

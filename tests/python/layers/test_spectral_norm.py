@@ -240,6 +240,102 @@ def test_constructor_and_attributes_of_old():
     assert norm(jnp.ones(5), key=None).shape == (4,)
 
 
+# --- In the place of a weight ----------------------------------------------------------------------
+
+
+def of_weight(layer=None, **kwargs):
+    layer = linear() if layer is None else layer
+    norm = storax.SpectralNorm(layer.weight, key=jax.random.key(1), **kwargs)
+    return eqx.tree_at(lambda m: m.weight, layer, norm)
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, eqx.filter_jit, storax.jit])
+def test_in_the_place_of_a_weight(jit):
+    alone, wrapped = of_weight(), spectral()
+    xs = jax.random.normal(jax.random.key(2), (3, 5))
+
+    @jit
+    def step(model):
+        def loss(model):
+            return jnp.sum(jax.vmap(model)(xs) ** 2)
+
+        value, grads = eqx.filter_value_and_grad(loss)(model)
+        return value, grads, eqx.apply_updates(model, jax.tree.map(lambda g: -0.01 * g, grads))
+
+    core = alone.weight.uv_index._slot.core
+    before = core.num_sets
+    for _ in range(4):
+        value, grads, alone = step(alone)
+        expected, expected_grads, wrapped = step(wrapped)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(grads.weight.weight, expected_grads.weight, rtol=1e-5)
+        for x, y in zip(uv(alone.weight, alone.weight.weight), uv(wrapped), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert core.num_sets == before + 4
+    frozen, expected = map(eqx.nn.inference_mode, (alone, wrapped))
+    np.testing.assert_allclose(jit(lambda m: m(xs[0]))(frozen), expected(xs[0]), rtol=1e-6)
+    assert core.num_sets == before + 4
+
+
+def test_constructor_of_old():
+    """As `equinox.experimental` had it: in every `Linear` of a model, by its flag alone in inference."""
+    key = jax.random.PRNGKey(0)
+    is_linear = lambda x: isinstance(x, eqx.nn.Linear)
+    is_norm = lambda x: isinstance(x, storax.SpectralNorm)
+    put = storax.SpectralNorm.withkey(key)
+    mlp = eqx.nn.MLP(2, 2, 4, 2, key=key)
+    model = jax.tree.map(
+        lambda m: eqx.tree_at(lambda m: m.weight, m, replace_fn=put) if is_linear(m) else m,
+        mlp,
+        is_leaf=is_linear,
+    )
+    norms = [x for x in jax.tree.leaves(model, is_leaf=is_norm) if is_norm(x)]
+    assert len(norms) == 3 and norms[0].weight is mlp.layers[0].weight
+    before = [n.uv_index._slot.core.num_sets for n in norms]
+    out = [model(jnp.ones(2)) for _ in range(100)][-1]
+    assert [n.uv_index._slot.core.num_sets for n in norms] == [b + 100 for b in before]
+    weights = [x.weight for x in mlp.layers]
+    scaled = [w / spectral_norm_of(w) for w in weights]
+    where = lambda m: [x.weight for x in m.layers]
+    np.testing.assert_allclose(out, eqx.tree_at(where, mlp, scaled)(jnp.ones(2)), rtol=1e-4)
+    frozen = jax.tree.map(
+        lambda n: eqx.tree_at(lambda n: n.inference, n, True) if is_norm(n) else n,
+        model,
+        is_leaf=is_norm,
+    )
+    np.testing.assert_allclose(frozen(jnp.ones(2)), out, rtol=1e-5)
+    assert [n.uv_index._slot.core.num_sets for n in norms] == [b + 100 for b in before]
+
+
+def test_neither_form_is_taken_for_the_other():
+    with pytest.raises(TypeError, match=r"put it in the place of the weight"):
+        of_weight().weight(jnp.ones(5))
+    with pytest.raises(TypeError, match=r"it is no array: call it"):
+        spectral() @ jnp.ones(5)
+    with pytest.raises(TypeError, match=r"all else by name; not of a Linear and None"):
+        storax.SpectralNorm(linear(), key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"all else by name; not of a ArrayImpl and 2"):
+        storax.SpectralNorm(linear().weight, 2, key=jax.random.key(0))
+    with pytest.raises(
+        ValueError, match=r"`layer` must be .* two dimensions, but it is float32\[4\]"
+    ):
+        storax.SpectralNorm(linear().bias, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, eqx.filter_jit, storax.jit])
+def test_frozen_and_cast(jit):
+    norm = spectral()
+    norm(jnp.ones(5))
+    half = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x,
+        eqx.nn.inference_mode(norm),
+    )
+    out = jit(lambda m, x: m(x))(half, jnp.ones(5, jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    expected = norm(jnp.ones(5), inference=True)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=0.05, atol=0.02)
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 

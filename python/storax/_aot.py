@@ -97,7 +97,7 @@ class Compiled(_Wrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         key, _, arrays = self._jitted.specialise(args, kwargs)
-        if key != self._key:
+        if not (key == self._key):  # of a PyTreeDef and a tuple, JAX says neither == nor !=
             raise TypeError(
                 "storax: a compiled function was called with arguments of another structure, or with "
                 "other static leaves, than it was compiled for. Call the function that `storax.jit` "

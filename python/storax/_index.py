@@ -19,6 +19,7 @@ from equinox import _compile_utils as eqx_compile_utils
 
 from . import _core, _jax, _serialise, _store
 from ._install import install
+from ._primitives import check_rows
 from ._slot import Published, Slot, type_parts
 
 __all__ = ["NOTHING_HELD", "StateIndex"]
@@ -297,9 +298,18 @@ class StateIndex:
             parts = type_parts(published.type)
             self._held = _Held(parts.structure.number, parts.levels, published.version)
             self._leaves = published.leaves
-            if self._rows is not None and jnp.ndim(self._row) == 0:
+            if self._rows is not None and not self._has_rows_as_made():
+                rows = np.asarray(self._row)
+                check_rows(self._slot.core, rows, self._rows)
                 with _jax.eval_now():
-                    self._leaves = tuple(x[self._row] for x in published.leaves)
+                    self._leaves = tuple(x[rows] for x in published.leaves)
+
+    def _has_rows_as_made(self) -> bool:
+        """Whether this is of all rows of a stack, in their order; if that is known."""
+        row = self._row
+        if isinstance(row, _jax.Tracer) or np.shape(row) != (self._rows,):
+            return False
+        return np.array_equal(np.asarray(row), np.arange(self._rows))  # type: ignore[arg-type]
 
     def _carried(self) -> tuple[tuple, tuple[Any, ...]] | None:
         """Batch axes and arrays that a frozen index carries, unless they are just the slot's state."""
@@ -379,7 +389,11 @@ def _published(slot: Slot, waited: set[int] | None) -> Published:
     _store.settle(core, waited)
     version = core.version
     published = slot.published
-    if published is None or published.version != version:
+    if (
+        published is None
+        or published.version != version
+        or any(x.is_deleted() for x in published.leaves)  # a program was given them for good
+    ):
         type_id, leaves = _store.read_all(core)
         slot.published = published = Published(version, tuple(leaves), type_id)
     return published

@@ -28,6 +28,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True  # at once: the checks of an unknown JAX make indices too
+    _jax.hide_frames()
     steps: tuple[tuple[str, Callable[[], None]], ...] = (
         *_jax.PATCHES,
         ("vmap", _primitives.install_batching),

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import re
 import threading
 import types
@@ -56,6 +57,7 @@ _effects = _private("effects")  # the registries of effects
 _pjit = _private("pjit")  # when a call may take the C++ path
 _shard_map = _private("shard_map")  # shard_map_p
 _source_info = _private("source_info_util")  # equations that we stage ourselves
+_traceback = _private("traceback_util")  # which frames a traceback leaves out
 _util = _private("util")  # how abstract evaluation, and what is made of jaxprs, is remembered
 _ad = _private("interpreters.ad")
 _lu = _private("linear_util")  # wrap_init, for the rules of custom derivatives
@@ -1531,10 +1533,6 @@ def _keep_single_result(module: Any) -> None:
         shaped = ir.RankedTensorType(result.type)
     except ValueError:
         return  # a token
-    element = str(shaped.element_type)
-    bits = re.match(r"(?:ui|i|f)(\d+)", element)
-    if bits and int(bits[1]) < 8 and element != "i1":
-        return  # XLA tells a handler a wrong size for such arrays
     found = []
 
     def look(op):
@@ -1548,6 +1546,10 @@ def _keep_single_result(module: Any) -> None:
         return
     layout = list(range(shaped.rank))[::-1]
     with module.context, ir.Location.unknown(), ir.InsertionPoint(last):
+        # XLA tells a handler a wrong size for arrays of less than a byte an element.
+        wide = _in_bytes(shaped.element_type)
+        if wide is not None:
+            result = _mlir.hlo.convert(ir.RankedTensorType.get(shaped.shape, wide), result)
         copy = _mlir.custom_call(
             COPY,
             result_types=[result.type],
@@ -1555,8 +1557,18 @@ def _keep_single_result(module: Any) -> None:
             backend_config={},
             operand_layouts=[layout],
             result_layouts=[layout],
-        )
-        last.operands[0] = copy.results[0]
+        ).results[0]
+        last.operands[0] = copy if wide is None else _mlir.hlo.convert(shaped, copy)
+
+
+def _in_bytes(element: Any) -> Any:
+    """A type of whole bytes with every value of this one; None if it is of whole bytes."""
+    ir, bits = _mlir.ir, re.match(r"(ui|i|f)(\d+)", str(element))
+    if not bits or int(bits[2]) >= 8 or str(element) == "i1":
+        return None
+    if bits[1] == "f":
+        return ir.BF16Type.get()
+    return ir.IntegerType.get_unsigned(8) if bits[1] == "ui" else ir.IntegerType.get_signless(8)
 
 
 # Each patch, and which of our features needs it.
@@ -1577,6 +1589,44 @@ PATCHES: tuple[tuple[str, Callable[[], None]], ...] = (
 
 
 # --- The call path of storax.jit -------------------------------------------------------------------
+
+
+def api_boundary(f: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose exceptions have no frames of JAX, nor of storax, in their tracebacks."""
+    return getattr(_traceback, "api_boundary", lambda f: f)(f)
+
+
+def hide_frames() -> None:
+    """Leaves storax out of the tracebacks of what fails under a JAX transformation."""
+    hide = getattr(_traceback, "register_exclusion", lambda path: None)
+    hide(os.path.dirname(os.path.abspath(__file__)) + os.sep)
+
+
+class _ArgumentNames(inspect.Signature):
+    """Stands for a signature where a function takes some of another's arguments' leaves."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__([inspect.Parameter("arrays", inspect.Parameter.VAR_POSITIONAL)])
+        self._names = names
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        names = [*(f"states[{i}]" for i in range(len(args) - len(self._names))), *self._names]
+        return types.SimpleNamespace(arguments=dict(zip(names, args, strict=True)))
+
+
+def in_the_name_of(user: Callable[..., Any], names: Sequence[str], f: Callable[..., Any]) -> None:
+    """Has JAX's messages speak of a user's function, and of what these leaves are called there.
+
+    `f` takes the leaves, after others perhaps. It doesn't keep the user's function alive.
+    """
+    while isinstance(user, functools.partial):
+        user = user.func
+    user = inspect.unwrap(user)
+    code = getattr(user, "__code__", None) or getattr(type(user).__call__, "__code__", None)
+    if code is not None:
+        name = getattr(user, "__name__", type(user).__name__)
+        f.__wrapped__ = types.SimpleNamespace(__code__=code, __name__=name)  # type: ignore[attr-defined]
+    f.__signature__ = _ArgumentNames(names)  # type: ignore[attr-defined]
 
 
 def call_path() -> tuple[Any, ...]:

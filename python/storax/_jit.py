@@ -1,7 +1,9 @@
 """storax.jit: `jax.jit` for functions with state."""
 
 import functools
+import inspect
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -78,6 +80,7 @@ class Jitted(_core.Dispatcher):
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_clearing",
         "_donated",
         "_form",
         "_fun",
@@ -106,6 +109,7 @@ class Jitted(_core.Dispatcher):
         self._options = options
         self._form = {"pack": pack, "donate": donate}
         self._specialised: dict[Any, Specialised] = {}
+        self._clearing = threading.Lock()
         functools.update_wrapper(self, fun)
 
     def __repr__(self) -> str:
@@ -125,19 +129,26 @@ class Jitted(_core.Dispatcher):
             self._raise_not_hashable(args, kwargs)
         if made is None:
             call = functools.partial(_call, self._fun, treedef, statics, whole)
-            name = getattr(self._fun, "__name__", type(self._fun).__name__)
-            made = Specialised(call, name, self._flat_options(args, kwargs), **self._form)
+            names, options = self._names(args, kwargs), self._flat_options(args, kwargs)
+            made = Specialised(call, self._fun, names, options, **self._form)
             made = self._specialised.setdefault(key, made)
         return key, made, arrays
 
+    @_jax.api_boundary
     def _call_cold(self, args: tuple, kwargs: dict) -> Any:
         if _store.forked:
             _store.check_process()
         key, specialised, arrays = self.specialise(args, kwargs)
         if not _jax.no_trace() or jax.config.jax_disable_jit:
             return specialised.plain(*arrays)
+
+        def publish(program):
+            with self._clearing:
+                if self._specialised.get(key) is specialised:  # it lives as long as it is there
+                    self._add(key, program)  # type: ignore[attr-defined]
+
         try:
-            return specialised.run(arrays, functools.partial(self._add, key))  # type: ignore[attr-defined]
+            return specialised.run(arrays, publish)
         except (RuntimeError, ValueError) as error:
             self._call_failed(error)
 
@@ -177,6 +188,30 @@ class Jitted(_core.Dispatcher):
 
     # --- Options of arguments as options of their arrays ---
 
+    def _names(self, args: tuple, kwargs: dict) -> list[str]:
+        """What the arrays among the arguments' leaves are called in the function."""
+        names = [f"args[{i}]" for i in range(len(args))]
+        try:
+            parameters = list(inspect.signature(self._fun).parameters.values())
+        except (ValueError, TypeError):
+            parameters = []
+        for i, p in enumerate(parameters[: len(args)]):
+            if p.kind is inspect.Parameter.VAR_POSITIONAL:
+                names[i:] = [f"{p.name}[{k}]" for k in range(len(args) - i)]
+                break
+            names[i] = p.name
+        static = {*self._static_positions(len(args))}
+        given = [
+            (n, x) for i, (n, x) in enumerate(zip(names, args, strict=True)) if i not in static
+        ]
+        given += sorted((n, x) for n, x in kwargs.items() if n not in self._static_argnames)
+        return [
+            name + jax.tree_util.keystr(path)
+            for name, value in given
+            for path, leaf in jax.tree_util.tree_leaves_with_path(value)
+            if is_array(leaf)
+        ]
+
     def _flat_options(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         static = set(self._static_positions(len(args)))
         kept = [None if i in static else x for i, x in enumerate(args)]
@@ -210,22 +245,26 @@ class Jitted(_core.Dispatcher):
 
     # --- What else jax.jit has ---
 
+    @_jax.api_boundary
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Traces the function for arguments, or `jax.ShapeDtypeStruct`s in their place."""
         return Traced(self, *_with_shapes(self, args, kwargs))
 
+    @_jax.api_boundary
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Traces and lowers the function for arguments, or `jax.ShapeDtypeStruct`s in their place."""
         return self.trace(*args, **kwargs).lower()
 
+    @_jax.api_boundary
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """The shapes and dtypes of what it would return. No state is touched."""
         return self.trace(*args, **kwargs).out_info
 
     def clear_cache(self) -> None:
         """Forgets all compiled programs."""
-        self._clear()  # type: ignore[attr-defined]
-        self._specialised.clear()
+        with self._clearing:
+            self._clear()  # type: ignore[attr-defined]
+            self._specialised.clear()
 
 
 def _check_hashable(value: Any, what: str) -> None:

@@ -161,7 +161,8 @@ def _end_loan(slot: Any, leaves: Sequence[Any], op: str) -> None:
     if slot.device < 0:
         raise NotImplementedError(
             f"storax.{op} of {slot.name}: its state is spread over several devices, or not on a "
-            "CPU, as `storax.jit` keeps it. Use `storax.jit` for this program too."
+            "CPU, as `storax.jit` keeps it. Use `storax.jit` for this program too; get and set it outside "
+            "of a `shard_map` or `pmap`, in which each device would have a state of its own."
         )
     try:
         addresses = [_jax.buffer_address(x.block_until_ready()) for x in leaves]

@@ -1,14 +1,16 @@
 """get_state and set_state."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from . import _core, _jax, _store
 from ._index import NOTHING_HELD, StateIndex
-from ._primitives import frozen_p, get_p, set_p
+from ._primitives import check_rows, frozen_p, get_p, set_p
 from ._slot import Slot, Structure, from_stored, structure_at, structure_of, to_stored, type_parts
 
 __all__ = ["get_state", "set_state"]
@@ -113,11 +115,36 @@ def get_state(index: StateIndex, like: T) -> T:
         if leaves and x is leaves[0] and type(x) is _jax.Array and slot.plan is not None:
             slot.quick_get = x.aval, slot.plan[1]
     else:
+        rows = _rows_out_of_order(index, leaves, "get_state")
+        asked = leaves if rows is None else _whole(leaves, index._rows)
         row, params = _parameters(index, structure, "get_state")
-        out = get_p.bind(*row, *leaves, **params)
+        out = get_p.bind(*row, *asked, **params)
+        if rows is not None:
+            out = [x[rows] for x in out]
     if structure.widened:
         out = [from_stored(x, k) for x, k in zip(out, structure.kinds, strict=True)]
     return jtu.tree_unflatten(treedef, out)
+
+
+def _rows_out_of_order(index: StateIndex, leaves: Sequence[Any], op: str) -> Any:
+    """The rows that an operation on several of a stack is on, if they may be other than all in order."""
+    row, rows = index._row, index._rows
+    if rows is None or not isinstance(row, jax.Array) or row.ndim != 1 or index._has_rows_as_made():
+        return None
+    if any(x.ndim == 0 or x.shape[0] != row.size for x in leaves):
+        raise RuntimeError(
+            f"storax.{op} of {index._slot.core.name}: it is of {row.size} rows of a stack, and each leaf "
+            "must have these in front. Get and set one row at a time, in a `jax.vmap` or `lax.scan` of "
+            "the layers, or all of them."
+        )
+    if not isinstance(row, _jax.Tracer):
+        check_rows(index._slot.core, np.asarray(row), rows)
+    return row
+
+
+def _whole(leaves: Sequence[Any], rows: int | None) -> list[Any]:
+    """What stands for the state of all rows, batched as these leaves of some are."""
+    return [jnp.resize(x, (rows, *x.shape[1:])) for x in leaves]
 
 
 def _parameters(index: StateIndex, structure: Structure, op: str) -> tuple[list[Any], dict]:
@@ -184,7 +211,9 @@ def _get_frozen(index: StateIndex, like: list[Any], structure: Any) -> list[Any]
             f"storax.get_state of {name}, frozen by `inference=True`: it holds "
             f"{_core.type_text(kept.type_id(stored, held.levels, ()))}, but `like` is "
             f"{_core.type_text(structure.type_id(tuple(x.shape for x in like), (), ()))}. Get and "
-            "set must agree in dtype, shape, PyTree structure and batch axes."
+            "set must agree in dtype, shape, PyTree structure and batch axes. If a PyTree operation is to "
+            "change the arrays of a model, as to cast them, let `like` be made of its parameters, or do it "
+            "before the model is frozen."
         )
     state = list(index._leaves)
     if structure.widened:
@@ -238,5 +267,9 @@ def set_state(index: StateIndex, state: Any) -> None:
         if ordinal >= 0 and leaves and state is leaves[0] and type(state) is _jax.Array:
             slot.quick_set = state.aval, state.sharding, type_id, ordinal
         return
+    rows = _rows_out_of_order(index, leaves, "set_state")
     row, params = _parameters(index, structure, "set_state")
+    if rows is not None:
+        whole = get_p.bind(*_whole(leaves, index._rows), **params)
+        leaves = [old.at[rows].set(x) for old, x in zip(whole, leaves, strict=True)]
     set_p.bind(*row, *leaves, **params)

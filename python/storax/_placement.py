@@ -21,6 +21,7 @@ class Placement:
     kept: tuple[int, ...]  # lent, and another given back: small ones, which outlive a failure so
     read: tuple[int, ...]  # lent, and left alone
     born: tuple[int, ...]  # to be lent: the program makes their first state
+    always: frozenset[int]  # of those that are set, those that are whatever happens
     shardings: tuple[Any, ...]  # of the changed ones' leaves, if they are spread over devices
 
     @property
@@ -87,6 +88,7 @@ def place(uses: dict[int, Use], pure: bool) -> Placement:
         tuple(kept),
         tuple(read),
         tuple(born),
+        frozenset(s for s, use in uses.items() if use.is_always_set),
         tuple(map(_shardings, (*donated, *kept))),
     )
 

@@ -195,12 +195,22 @@ def arrays(args: Sequence[Any]) -> list[Any]:
     return [x if hasattr(x, "shape") else np.asarray(x, jax.typeof(x).dtype) for x in args]
 
 
+def check_rows(core: Any, row: Any, rows: int) -> None:
+    if np.any((row < 0) | (row >= rows)):
+        raise RuntimeError(
+            f"storax: {core.name} is of row {row} of a stack of {rows}: there is no such row. Leave the "
+            "layers' rows as `storax.stack` made them, but for their order: they are integers, which "
+            "`equinox.is_inexact_array` tells from parameters."
+        )
+
+
 @get_p.def_impl
 def _(*args, slot, structure, levels, mesh, rows):
     core, made = _core.share_slot(slot), structure_at(structure)
     row, like = split_row(arrays(args), rows)
     if not row:
         return _store.get(core, made, like, levels, mesh)
+    check_rows(core, np.asarray(row[0]), rows)
     shapes, levels = whole_type(like, levels, rows)
     whole = [_jax.shaped(s, x.dtype) for s, x in zip(shapes, like, strict=True)]
     return [x[row[0]] for x in _store.get(core, made, whole, levels, mesh)]
@@ -211,6 +221,7 @@ def _set_now(args, masks, *, slot, structure, levels, mesh, rows):
     core, made = _core.share_slot(slot), structure_at(structure)
     row, state = split_row(arrays(args), rows)
     if row:
+        check_rows(core, np.asarray(row[0]), rows)
         shapes, levels = whole_type(state, levels, rows)
         whole = [_jax.shaped(s, x.dtype) for s, x in zip(shapes, state, strict=True)]
         old = _store.get(core, made, whole, levels, mesh)

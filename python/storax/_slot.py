@@ -68,6 +68,11 @@ class LeafKind:
 
 @functools.cache
 def leaf_kind(dtype: Any) -> LeafKind:
+    if dtype == jax.dtypes.float0:
+        raise TypeError(
+            "storax: there is an array of dtype float0 in a state. It has no values: it is what JAX gives "
+            "for the derivative of an integer. Leave it out."
+        )
     label = _jax.short_dtype_name(dtype)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))

@@ -7,6 +7,7 @@ form, which programs over several devices take, all are lent. Anything else runs
 """
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,10 +55,18 @@ class Trace:
 
 
 class Specialised:
-    def __init__(self, call: Callable[..., Any], name: str, options: dict[str, Any], **form: Any):
-        """`call(arrays)` is the user's function. `form`: pack, donate."""
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        user: Callable[..., Any],
+        names: Sequence[str],
+        options: dict[str, Any],
+        **form: Any,
+    ):
+        """`call(arrays)` is the user's function, in which these have names. `form`: pack, donate."""
         self._call = call
-        self._name = name
+        self._in_the_name = functools.partial(_jax.in_the_name_of, user, names)
+        self._name = getattr(user, "__name__", type(user).__name__)
         self._options = options
         self._pure = form["pack"] is False
         self._packed_only = form["pack"] is True
@@ -96,6 +105,7 @@ class Specialised:
             return f(*args)
 
         named.__name__ = named.__qualname__ = self._name  # for HLO and profiles
+        self._in_the_name(named)
         return jax.jit(named, **{**self._options, **changes})
 
     def trace(self, arrays: Sequence[Any], with_jaxpr: bool) -> Trace:
@@ -110,6 +120,7 @@ class Specialised:
             leaves, out_tree = jax.tree.flatten(self._returning_arrays(*arrays))
             return leaves
 
+        self._in_the_name(flat)
         jaxpr = jax.make_jaxpr(flat)(*arrays)
         uses: Any
         try:
@@ -301,13 +312,16 @@ class Specialised:
             slot = slots[slot_id]
             before = None if slot_id in placement.born else leaves(slot_id)
             if slot_id in borrowed:
-                # What another thread or a callback has set meanwhile stays: this program may have set
+                # What another thread or a callback has set meanwhile stays, if this program may have set
                 # nothing.
                 jax.block_until_ready(now)
-                if slot.version == versions[slot_id]:
+                if slot_id in placement.always or slot.version == versions[slot_id]:
                     _write_back(slot, types[slot_id], now)
             elif before is not None and [x.sharding for x in now] == [x.sharding for x in before]:
                 _core.replace_loan(slot, now)
+            elif slot.type and slot_id in placement.born:  # something else has set it by now
+                _write_back(slot, types[slot_id], now)
+                settled = False
             else:
                 _loans.lend_arrays(slot, types[slot_id], now)
                 settled = False

@@ -43,7 +43,10 @@ def stack(make: Callable[..., Any]) -> Callable[..., Any]:
         y, _ = jax.lax.scan(step, x, arrays)
         ```
 
-    **Raises:** `RuntimeError` if called under a transformation, such as `jax.jit`.
+    **Raises:** (when the function it returns is called)
+
+    - `RuntimeError` under a transformation, such as `jax.jit`.
+    - `TypeError` if there is no array among the arguments.
     """
 
     @functools.wraps(make)
@@ -52,6 +55,11 @@ def stack(make: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError(
                 "storax.stack must be called outside of `jax.jit`, `jax.vmap` and the like: it "
                 "looks at the states that the layers are made with."
+            )
+        if not any(eqx.is_array(x) for x in jax.tree.leaves((args, kwargs))):
+            raise TypeError(
+                "storax.stack: the function that makes a layer must be given an array, such as one of "
+                "keys, `jax.random.split(key, n)`: there are as many layers as that has rows."
             )
         rows = 0
 

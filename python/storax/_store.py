@@ -278,6 +278,7 @@ class Plan:
     # dtype and shape as stored, abstract value, sharding
     leaves: tuple[tuple[Any, tuple[int, ...], Any, Any], ...]
     committed: bool
+    default_device: Any  # of JAX, by which the results are committed to theirs or not
 
 
 def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]) -> Plan:
@@ -290,7 +291,8 @@ def plan_get(slot: Any, type_id: int, kinds: Sequence[Any], avals: Sequence[Any]
         (kind.stored, aval.shape, _jax.strong(aval), sharding)
         for kind, aval in zip(kinds, avals, strict=True)
     )
-    return Plan(type_id, ordinal, device, leaves, _jax.is_committed(device))
+    default = jax.config.jax_default_device
+    return Plan(type_id, ordinal, device, leaves, _jax.is_committed(device), default)
 
 
 def run_get(slot: Any, plan: Plan) -> list[Any]:
@@ -301,6 +303,8 @@ def run_get(slot: Any, plan: Plan) -> list[Any]:
         lent = _loans.read(slot, plan.type_id)
         return run_get(slot, plan) if lent is None else lent
     device, committed = plan.device, plan.committed
+    if jax.config.jax_default_device is not plan.default_device:
+        committed = _jax.is_committed(device)
     leaves = []
     for buffer, (dtype, shape, aval, sharding) in zip(buffers, plan.leaves, strict=True):
         x = np.ndarray(shape, dtype, buffer)

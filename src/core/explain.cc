@@ -37,7 +37,9 @@ std::string hint(const Type& held, const Type& asked, bool is_get) {
   }
   if (!is_batched(held) && is_batched(asked)) {
     return " The state is not batched and " + what + " is: set it under the same `vmap`, or make " +
-           what + " independent of the batch.";
+           what +
+           " independent of the batch. Layers made under a `vmap`, as an ensemble is, have a state "
+           "each if `storax.stack` makes them.";
   }
   if (held.desc().mesh != asked.desc().mesh) {
     return " A state set under `shard_map` or `pmap` is one per device. Use it under the same "
@@ -47,6 +49,25 @@ std::string hint(const Type& held, const Type& asked, bool is_get) {
   }
   return " Get and set must agree in dtype, shape, PyTree structure and batch axes. Make " + what +
          " match, or use a new StateIndex.";
+}
+
+// Leaves of two long texts what is around their difference.
+void shorten(std::string& a, std::string& b) {
+  constexpr std::size_t kLong = 400, kAround = 80;
+  if (std::max(a.size(), b.size()) <= kLong) return;
+  const std::size_t shorter = std::min(a.size(), b.size());
+  std::size_t same = 0, same_at_end = 0;
+  while (same < shorter && a[same] == b[same]) ++same;
+  while (same_at_end < shorter - same && a.rbegin()[same_at_end] == b.rbegin()[same_at_end]) {
+    ++same_at_end;
+  }
+  for (std::string* text : {&a, &b}) {
+    const std::size_t begin = same - std::min(same, kAround);
+    const std::size_t end = text->size() - (same_at_end - std::min(same_at_end, kAround));
+    const std::size_t length = std::min(end - begin, kLong);
+    const bool is_cut = begin + length < text->size();
+    *text = (begin > 0 ? "..." : "") + text->substr(begin, length) + (is_cut ? "..." : "");
+  }
 }
 
 }  // namespace
@@ -66,7 +87,8 @@ std::string Slot::explain(SlotId id, Status status, std::string_view op, Device 
   }
   const Type* asked = find_type(asked_id);
   if (held != nullptr) held_text = held->str();
-  const std::string asked_text = asked != nullptr ? asked->str() : "an unknown type";
+  std::string asked_text = asked != nullptr ? asked->str() : "an unknown type";
+  if (status == Status::kTypeMismatch) shorten(held_text, asked_text);
   std::string text = "storax." + std::string(op) + " of ";
   text += status == Status::kDropped ? "a StateIndex that no longer exists" : name;
   text += ": ";

@@ -62,6 +62,7 @@ class IndexAux {
     const nb::object slot = slot_or_none();
     std::string text = "no longer alive";
     if (!slot.is_none()) text = nb::cast<std::string>(slot.attr("core").attr("name"));
+    text += ", state " + std::to_string(slot_id_);  // a copy's may have the same name
     return held_.is_none() ? text : text + ", frozen";
   }
 

@@ -21,7 +21,8 @@ constexpr std::chrono::seconds kPatience{3};
 
 [[noreturn]] void refuse_callback(Slot& slot) {
   throw std::runtime_error(
-      "storax: a callback can't get or set " + slot.name() +
+      "storax: a callback, or what runs while a function is traced, can't get or set " +
+      slot.name() +
       " while a program of `storax.jit` is working on this state in place. Pass the value to the "
       "callback, or take it from its result; or use plain `jax.jit`.");
 }
@@ -32,9 +33,13 @@ bool is_of_xla() {
   return nb::isinstance(threading.attr("current_thread")(), threading.attr("_DummyThread"));
 }
 
+// How many LoanLocks this thread holds. XLA may run a program, callbacks and all, on the thread
+// that dispatches it.
+thread_local int locks_held = 0;
+
 bool take(Slot& slot) {
   if (slot.loan_mutex().try_lock()) return true;
-  const bool may_be_a_callback = is_of_xla();
+  const bool may_be_a_callback = locks_held > 0 || is_of_xla();
   const nb::gil_scoped_release released;
   if (may_be_a_callback) return slot.loan_mutex().try_lock_for(kPatience);
   slot.loan_mutex().lock();
@@ -77,6 +82,12 @@ LoanLock::LoanLock(std::vector<Slot*> slots) : slots_(std::move(slots)) {
       refuse_callback(slot);
     }
   }
+  ++locks_held;
+}
+
+LoanLock::~LoanLock() {
+  --locks_held;
+  release();
 }
 
 void LoanLock::release() noexcept {

@@ -37,13 +37,14 @@ class ArrayLoan final : public Loan {
 inline ArrayLoan* loan_of(Slot& slot) { return static_cast<ArrayLoan*>(slot.loan()); }
 
 // Holds the loan mutexes of some slots, in the order of their ids. Throws in a callback of a
-// program that works on one of them: it would wait for that program, which waits for it.
+// program that works on one of them: it would wait for that program, which waits for it. So it does
+// in the end where two programs' callbacks wait for each other's states.
 class LoanLock {
  public:
   explicit LoanLock(std::vector<Slot*> slots);
   LoanLock(const LoanLock&) = delete;
   LoanLock& operator=(const LoanLock&) = delete;
-  ~LoanLock() { release(); }
+  ~LoanLock();
 
  private:
   void release() noexcept;

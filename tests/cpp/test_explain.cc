@@ -41,6 +41,26 @@ std::vector<std::string> mismatch(TypeId held_type, TypeId asked) {
   return texts;
 }
 
+BOOST_AUTO_TEST_CASE(of_many_leaves_those_around_the_difference_are_shown) {
+  std::vector<Leaf> held, asked;
+  for (int k = 0; k < 300; ++k) held.push_back(f32({3, k}));
+  asked = held;
+  asked[200] = f32({4, 200});
+  const SlotRef slot = SlotRef::create("Net.norm");
+  const TypeId type = make_type(held), other = make_type(asked);
+  BOOST_REQUIRE(set(slot, type, State(type)) == Status::kOk);
+  const std::string text = explain(slot, Status::kTypeMismatch, "set_state", other);
+  check_has(text,
+            {"it holds ...", "f32[3,199], f32[3,200], f32[3,201]", "..., but the new state is ...",
+             "f32[3,199], f32[4,200], f32[3,201]", "Make the new state match"});
+  BOOST_TEST(text.size() < 1000);
+  // One of which nothing is the other's.
+  const std::string none =
+      explain(slot, Status::kTypeMismatch, "set_state", make_type(std::vector{f32({})}));
+  check_has(none, {"it holds (f32[3,0], f32[3,1]", "..., but the new state is f32[]."});
+  BOOST_TEST(none.size() < 1000);
+}
+
 BOOST_AUTO_TEST_CASE(nothing_was_set) {
   const TypeId type = make_type(std::vector{f32({3}), i8({})});
   const SlotRef slot = SlotRef::create("Net.norm");
@@ -89,7 +109,7 @@ BOOST_AUTO_TEST_CASE(like_is_batched_and_the_state_is_not) {
                              make_type(std::vector{f32({3})}, Levels{{{kNotBatched}, false}})}) {
     const std::vector<std::string> texts = mismatch(plain, batched);
     check_has(texts[0], {"The state is not batched and `like` is", "under the same `vmap`"});
-    check_has(texts[1], {"The state is not batched and the new state is"});
+    check_has(texts[1], {"The state is not batched and the new state is", "`storax.stack`"});
   }
 }
 

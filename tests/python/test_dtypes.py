@@ -166,3 +166,12 @@ def test_many_leaves(leaves):
     double(state)
     for got, x in zip(storax.get_state(index, state), state, strict=True):
         same(got, x * 2)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_arrays_without_values(wrap):
+    """float0, of what an integer's derivative is."""
+    index = storax.StateIndex()
+    slope = jax.grad(lambda n: n.astype(jnp.float32), allow_int=True)
+    with pytest.raises(TypeError, match="float0"):
+        wrap(lambda n: storax.set_state(index, {"slope": slope(n)}))(jnp.array(2))

@@ -1,5 +1,8 @@
 """StateIndex as a PyTree: in JAX's and Equinox's tools, copied, compared, and frozen."""
 
+import copy
+import warnings
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -321,3 +324,41 @@ def test_an_index_has_no_initial_value(value):
     with pytest.raises(TypeError, match=r"`inference` must be a bool.*use `storax.set_state`"):
         storax.StateIndex(value)
     assert storax.StateIndex(np.bool_(True)).inference is True
+
+
+def test_a_frozen_model_that_was_donated_can_be_frozen_again(index):
+    """A program takes the arrays it is given for good; the next freezing has others."""
+    for donate in (
+        eqx.filter_jit(lambda i: storax.get_state(i, ZERO), donate="all"),
+        storax.jit(lambda i: storax.get_state(i, ZERO), donate_argnums=0),
+    ):
+        before = storax.get_state(index, ZERO)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what can't be donated here
+            np.testing.assert_array_equal(donate(eqx.nn.inference_mode(index)), before)
+        again = eqx.nn.inference_mode(index)
+        np.testing.assert_array_equal(storax.get_state(again, ZERO), before)
+
+
+def test_what_is_got_is_committed_by_the_default_device_of_its_time():
+    """Not by that of the first get."""
+    other, like = jax.devices()[1], jnp.array(0)
+    for device in (None, other):
+        for read_first in (None, other):
+            index = storax.StateIndex()
+            with jax.default_device(device):
+                storax.set_state(index, jnp.array(0))
+            with jax.default_device(read_first):
+                storax.get_state(index, like)
+            for now in (None, other):
+                with jax.default_device(now):
+                    x = storax.get_state(index, like)
+                    home = device or jax.devices()[0]
+                    assert x.devices() == {home}
+                    assert x.committed == (home != (now or jax.devices()[0]))
+                    storax.set_state(index, x + 1)
+
+
+def test_two_states_of_one_name_are_told_apart(index):
+    with pytest.raises(ValueError, match=r"(?s)'counter', state \d+\n.*'counter', state \d+"):
+        jax.tree.map(lambda a, b: a, index, copy.deepcopy(index))

@@ -313,3 +313,76 @@ def test_errors():
         )
     with pytest.raises(TypeError, match=r"'count'.*row.*equinox.combine"):
         storax.get_state(eqx.filter(stacked, lambda x: isinstance(x, bool)).count, jnp.int32(0))
+
+
+PICKS = {
+    "reversed": lambda a: a[::-1],
+    "repeated": lambda a: a[jnp.array([0, 0, 3])],
+    "the first": lambda a: a[:2],
+    "the others": lambda a: a[1:],
+    "one": lambda a: a[2],
+}
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_rows_in_another_order(pick):
+    """Each layer goes with its own state, whatever JAX's own functions have made of the stack."""
+    pick = PICKS[pick]
+    picked = lambda layers: jax.tree.map(lambda a: pick(a) if eqx.is_array(a) else a, layers)
+    call = eqx.filter_vmap(lambda la: la(X)) if picked(jnp.arange(N)).ndim else lambda la: la(X)
+    stacked, _ = both()
+    before = []
+    for factor in (1, -1):
+        means = factor * storax.get_state(stacked.mean, jnp.zeros((N, 3)))
+        storax.set_state(stacked.mean, means)
+        means = storax.get_state(stacked.mean, jnp.zeros((N, 3)))
+        want = pick(
+            jnp.stack([jnp.tanh(w @ X + m) for w, m in zip(stacked.weight, means, strict=True)])
+        )
+        freeze = eqx.nn.inference_mode
+        frozen = [picked(freeze(stacked)), freeze(picked(stacked))]
+        # And those that were frozen when the state was another.
+        for layers in (*frozen, *before):
+            for f in (call, eqx.filter_jit(call)):
+                np.testing.assert_allclose(f(layers), want, rtol=1e-5)
+        before = frozen
+
+
+@pytest.mark.parametrize(
+    "jit", [eqx.filter_jit, storax.jit, lambda f: f], ids=["jit", "ours", "eager"]
+)
+def test_several_rows_at_once(jit):
+    stacked, _ = both()
+    means = np.array(storax.get_state(stacked.mean, jnp.zeros((N, 3))))
+    get = jit(lambda index, k: storax.get_state(index, jnp.zeros((k, 3))))
+    put = jit(lambda index, x: storax.set_state(index, x))
+    some = jax.tree.map(lambda a: a[jnp.array([3, 1])] if eqx.is_array(a) else a, stacked.mean)
+    np.testing.assert_array_equal(get(stacked.mean, N), means)
+    np.testing.assert_array_equal(get(some, 2), means[[3, 1]])
+    put(some, jnp.array([[1.0] * 3, [2.0] * 3]))
+    means[[3, 1]] = [[1.0], [2.0]]
+    np.testing.assert_array_equal(get(stacked.mean, N), means)
+    put(stacked.mean, jnp.asarray(means + 1))
+    np.testing.assert_array_equal(get(some, 2), means[[3, 1]] + 1)
+    with pytest.raises(RuntimeError, match="2 rows of a stack"):
+        get(some, N)
+
+
+def test_rows_that_are_not_there():
+    stacked, _ = both()
+    shifted = jax.tree.map(lambda a: a + 10 if eqx.is_array(a) else a, stacked)
+    one = jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, shifted)
+    for use in (
+        lambda: storax.get_state(one.count, jnp.int32(0)),
+        lambda: storax.set_state(one.count, jnp.int32(0)),
+        lambda: storax.get_state(shifted.count, jnp.zeros(N, jnp.int32)),
+        lambda: storax.get_state(eqx.nn.inference_mode(one).count, jnp.int32(0)),
+    ):
+        with pytest.raises(RuntimeError, match=r" is of row .*1.* of a stack of 4: there is no"):
+            use()
+    assert (stacked_states(stacked)[1] == 0).all()
+
+
+def test_without_an_array():
+    with pytest.raises(TypeError, match=r"must be given an array, .*split"):
+        storax.stack(lambda: Layer(KEYS[0]))()

@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import traceback
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -193,3 +195,29 @@ def test_without_donation_large_states_stay():
         assert state() == 2
     np.testing.assert_array_equal(f(jnp.float32(1), jnp.array(False)), 4)
     assert state() == 3
+
+
+def test_tracebacks_and_messages_are_of_the_users_code():
+    """As under `jax.jit`: no frames of storax, and the function and its arguments by their names."""
+    _, count, _ = counter()
+
+    def half(x):
+        if x > 0:
+            return x
+        return x / 2
+
+    def user(model, x, *rest, scale):
+        count()
+        return half(model["w"]), half(x), half(rest[0]), half(scale)
+
+    for at, name in enumerate(("model['w']", "x", "rest[0]", "scale")):
+        # Python numbers are static.
+        w, x, rest, scale = [1.0] * at + [jnp.ones(())] * (4 - at)
+        for run in (storax.jit(user), storax.jit(user).lower):
+            with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+                run({"name": "a static leaf", "w": w}, x, rest, scale=scale)
+            frames = traceback.extract_tb(caught.value.__traceback__)
+            assert not [f for f in frames if "storax" in Path(f.filename).parent.name]
+            assert [f.name for f in frames][-2:] == ["user", "half"]
+            assert "tracing the function user at" in str(caught.value)
+            assert f"the value of the argument {name}." in str(caught.value)

@@ -248,6 +248,24 @@ def test_lower_compile_and_call():
     assert (state(), large_state()) == (5, 5)
 
 
+def test_a_compiled_program_knows_static_arguments_that_are_left_out():
+    _, count, state = counter()
+    f = storax.jit(lambda x, n=1: x * n * count())
+    x = jnp.ones(2)
+    for compiled, given, others in (
+        (f.lower(x).compile(), {}, ({"n": 10}, {"n": "one"})),
+        (f.lower(x, n=10).compile(), {"n": 10}, ({}, {"n": 1})),
+    ):
+        before = state()
+        np.testing.assert_array_equal(
+            compiled(x, **given), given.get("n", 1) * (before + 1) * np.ones(2)
+        )
+        for other in others:
+            with pytest.raises(TypeError, match="other static leaves"):
+                compiled(x, **other)
+        assert state() == before + 1
+
+
 def test_a_compiled_program_whose_large_state_plain_jit_keeps_in_place():
     index, count, state = counter(0, 20_000)
     compiled = storax.jit(lambda: count()[0]).lower().compile()
@@ -255,6 +273,25 @@ def test_a_compiled_program_whose_large_state_plain_jit_keeps_in_place():
     for k in range(1, 4):
         assert compiled() == k
         assert plain() == state() == k
+
+
+@pytest.mark.parametrize("lent", [True, False])
+def test_a_compiled_program_that_made_the_first_state_goes_on_with_it(lent):
+    """It was compiled when there was none, and now finds one, which plain jit keeps in place or not."""
+    index, like = storax.StateIndex(name="born"), jnp.zeros(20_000)
+
+    def f(x):
+        storax.set_state(index, like + x)
+        return storax.get_state(index, like)[0]
+
+    compiled = storax.jit(f).lower(jnp.float32(1)).compile()
+    wrap = storax.jit if lent else jax.jit
+    more = wrap(lambda: storax.set_state(index, storax.get_state(index, like) + 1))
+    for k in range(1, 4):
+        assert compiled(jnp.float32(10 * k)) == 10 * k
+        more()
+        storax.barrier()
+        assert storax.get_state(index, like)[0] == 10 * k + 1
 
 
 def test_a_compiled_program_whose_large_state_is_lost():

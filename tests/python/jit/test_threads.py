@@ -192,3 +192,28 @@ def test_what_did_not_run_undoes_nothing(how):
         storax.barrier()
         assert state() == want
     assert index._slot.core.num_sets == sets + 4 + 2
+
+
+def test_forgetting_the_programs_while_one_runs():
+    _, count, state = counter()
+    inside, go = threading.Event(), threading.Event()
+
+    def callback(x):
+        inside.set()
+        go.wait(60)
+        return np.float32(x)
+
+    @storax.jit
+    def f(x):
+        spec = jax.ShapeDtypeStruct((), jnp.float32)
+        return x.sum() + jax.experimental.io_callback(callback, spec, count())
+
+    thread = threading.Thread(target=lambda: jax.block_until_ready(f(jnp.ones(2))))
+    thread.start()
+    inside.wait(60)
+    f.clear_cache()
+    go.set()
+    thread.join()
+    for n in (2, 3, 4):  # what was compiled before, and anew
+        assert f(jnp.ones(n)) == n + state()
+    assert state() == 4

@@ -177,10 +177,29 @@ def understand(
     structure = _slot.structure_from(treedef, tuple(kind.dtype for kind, _ in leaves))
     shapes = tuple((*shape, *kind.trailing) for kind, shape in leaves)
     type_id = structure.type_id(shapes, levels, mesh)
-    found = {}
-    for device in _place(description["devices"], mesh):
-        found[device] = [_checked(read(kind, shape), kind, shape) for kind, shape in leaves]
-    order = description["order"]
+    devices, order = list(description["devices"]), description["order"]
+    if not mesh and len(devices) != 1:
+        raise ValueError(f"a state without mesh axes cannot be on {len(devices)} devices")
+    found = {
+        device: [_checked(read(kind, shape), kind, shape) for kind, shape in leaves]
+        for device in (devices if mesh else [home()])
+    }
+    here = {_jax.device_ordinal(d) for d in jax.local_devices(backend="cpu")}
+    own = sorted({*devices} - {EVERY_DEVICE})
+    if mesh and not here.issuperset(own):
+        first, *others = (found[device] for device in own)
+        rest = [x for leaves_there in others for x in leaves_there]
+        if len(own) != math.prod(n for _, n in mesh) or not all(
+            map(np.array_equal, first * len(others), rest)
+        ):
+            raise ValueError(
+                f"it has a state for each of the devices {own}, not all the same, and this process has the "
+                f"devices {sorted(here)}. Load it where there are these devices; or choose one of the "
+                "states there, from what `storax.get_state` gives with the mesh axes in front, set a new "
+                "index to it, and save that"
+            )
+        # As it is read as one, too.
+        return Snapshot(structure.type_id(shapes, levels, ()), {home(): first}, None)
     return Snapshot(type_id, found, order and tuple(order))
 
 
@@ -201,20 +220,6 @@ def home() -> int:
     """The device that a state is put on that may be on any: the one that JAX puts arrays on."""
     device = _jax._default_device()
     return _jax.device_ordinal(device) if device.platform == "cpu" else 0
-
-
-def _place(devices: list[int], mesh: tuple) -> list[int]:
-    """Where to put a state. If there is one per device, each stays where it was."""
-    if not mesh:
-        if len(devices) != 1:
-            raise ValueError(f"a state without mesh axes cannot be on {len(devices)} devices")
-        return [home()]
-    here = {_jax.device_ordinal(d) for d in jax.local_devices(backend="cpu")}
-    if not here.issuperset({*devices} - {EVERY_DEVICE}):
-        raise ValueError(
-            f"it has one state on each of the devices {devices}, and this process has {sorted(here)}"
-        )
-    return list(devices)
 
 
 def _checked(x: np.ndarray, kind: LeafKind, shape: tuple[int, ...]) -> np.ndarray:

@@ -313,3 +313,45 @@ if __name__ == "__main__":
     print(line(*["---"] * (1 + len(PEERS))))
     for row, (text, _) in ROWS.items():
         print(line(text, *[outcome(row, peer) for peer in PEERS.values()]))
+
+
+# --- Inside of a peer ------------------------------------------------------------------------------
+
+
+class _Counting(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        self.norm = nnx.data(storax.BatchNorm(2, "batch", mode="batch"))
+        self.calls = storax.StateIndex()
+        storax.set_state(self.calls, jnp.int32(0))
+
+    def __call__(self, x):
+        storax.set_state(self.calls, storax.get_state(self.calls, jnp.int32(0)) + 1)
+        return jax.vmap(self.norm, axis_name="batch")(self.linear(x))
+
+
+def _scanned(model, xs):
+    step = nnx.scan(lambda m, x: (m, m(x)), in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    return step(model, jnp.stack([xs] * 3))
+
+
+@pytest.mark.parametrize(
+    ("run", "calls"),
+    [
+        (lambda m, x: m(x), 1),
+        (nnx.jit(lambda m, x: m(x)), 1),
+        (storax.jit(lambda m, x: m(x)), 1),
+        (nnx.jit(nnx.grad(lambda m, x: m(x).sum())), 1),
+        (_scanned, 3),
+    ],
+    ids=["eager", "nnx.jit", "storax.jit", "nnx.grad", "nnx.scan"],
+)
+def test_an_index_in_a_module_of_nnx(run, calls):
+    model, x = _Counting(), jax.random.normal(jax.random.key(0), (8, 3))
+    mean = model.linear(x).mean(0)
+    for k in range(1, 3):
+        run(model, x)
+        assert storax.get_state(model.calls, jnp.int32(0)) == k * calls
+    like = jnp.zeros(2), jnp.zeros(2)
+    running, _ = storax.get_state(model.norm.state_index, like)
+    np.testing.assert_allclose(running, (1 - 0.99 ** (2 * calls)) * mean, rtol=1e-4)

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -265,7 +266,7 @@ class Node(eqx.Module):
     n: int = eqx.field(static=True)
 
 
-def in_new_process(state, data):
+def in_new_process(state, data, **env):
     program = f"""
 import sys, io
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -283,7 +284,12 @@ except RuntimeError as e:
 print(storax.get_state(loaded, state))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], input=data, capture_output=True, timeout=120, check=False
+        [sys.executable, "-c", program],
+        input=data,
+        capture_output=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **env},
     )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode()
@@ -300,3 +306,21 @@ def test_namedtuples_and_modules_in_another_process():
     text = in_new_process("t.Node(jnp.int32(0), 5)", save(index))
     assert re.match(r"refused: .*test_serialise:Node, of which.*Set the state", text)
     assert text.endswith("Node(a=i32[], n=5)\n")
+
+
+def test_states_of_devices_where_there_are_fewer():
+    """As one, if they are the same everywhere."""
+    one = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    index = storax.StateIndex()
+    put = lambda factor: jax.pmap(lambda x: storax.set_state(index, jnp.ones(2) + factor * x))
+    put(0)(jnp.arange(4.0))
+    assert in_new_process("jnp.zeros(2)", save(index), **one) == "[1. 1.]\n"
+    put(1)(jnp.arange(4.0))
+    with pytest.raises(
+        AssertionError, match=r"devices \[0, 1, 2, 3\], not all the same.*choose one"
+    ):
+        in_new_process("jnp.zeros(2)", save(index), **one)
+    # The way out.
+    chosen = storax.StateIndex()
+    storax.set_state(chosen, storax.get_state(index, jnp.zeros((4, 2)))[2])
+    assert in_new_process("jnp.zeros(2)", save(chosen), **one) == "[3. 3.]\n"

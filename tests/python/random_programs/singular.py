@@ -338,9 +338,13 @@ def check(program: Program) -> str | None:
             want = result(program, vmapped=True, state=False)
         else:
             want = result(program, vmapped=False)
-    except Exception:
-        if talks(program.piece):  # JAX can't
-            return None
+    except Exception as e:
+        # Residuals of a cond's branches have places in common: in second derivatives the loop of one may so
+        # be differentiated by what is another's, also without state.
+        if talks(
+            program.piece
+        ) or "Reverse-mode differentiation does not work for lax.while" in str(e):
+            return None  # JAX can't
         raise
     if not np.isfinite(want):  # too large, or with collectives not what JAX can do
         return None

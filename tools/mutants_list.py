@@ -1501,14 +1501,14 @@ MUTANTS = [
     Mutant(
         "a state that is there by now is born again",
         "_specialise.py",
-        "elif slot.type and slot_id in placement.born:",
+        "elif slot_id in placement.born and slot.has_memory:",
         "elif False:",
         "jit/programs -k made_the_first",
     ),
     Mutant(
         "a program that was forgotten is published",
         "_jit.py",
-        "if self._specialised.get(key) is specialised:",
+        "if self._specialised is made:",
         "if True:",
         "jit/threads -k forgetting",
     ),

@@ -1622,7 +1622,8 @@ def in_the_name_of(user: Callable[..., Any], names: Sequence[str], f: Callable[.
     while isinstance(user, functools.partial):
         user = user.func
     user = inspect.unwrap(user)
-    code = getattr(user, "__code__", None) or getattr(type(user).__call__, "__code__", None)
+    call = getattr(type(user), "__call__", None)  # noqa: B004
+    code = getattr(user, "__code__", None) or getattr(call, "__code__", None)
     if code is not None:
         name = getattr(user, "__name__", type(user).__name__)
         f.__wrapped__ = types.SimpleNamespace(__code__=code, __name__=name)  # type: ignore[attr-defined]

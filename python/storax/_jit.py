@@ -109,7 +109,7 @@ class Jitted(_core.Dispatcher):
         self._options = options
         self._form = {"pack": pack, "donate": donate}
         self._specialised: dict[Any, Specialised] = {}
-        self._clearing = threading.Lock()
+        self._clearing = threading.RLock()
         functools.update_wrapper(self, fun)
 
     def __repr__(self) -> str:
@@ -138,13 +138,14 @@ class Jitted(_core.Dispatcher):
     def _call_cold(self, args: tuple, kwargs: dict) -> Any:
         if _store.forked:
             _store.check_process()
+        made = self._specialised
         key, specialised, arrays = self.specialise(args, kwargs)
         if not _jax.no_trace() or jax.config.jax_disable_jit:
             return specialised.plain(*arrays)
 
         def publish(program):
             with self._clearing:
-                if self._specialised.get(key) is specialised:  # it lives as long as it is there
+                if self._specialised is made:  # in which it is, and lives as long
                     self._add(key, program)  # type: ignore[attr-defined]
 
         try:
@@ -262,9 +263,11 @@ class Jitted(_core.Dispatcher):
 
     def clear_cache(self) -> None:
         """Forgets all compiled programs."""
+        # What goes with them, of the user's, may come back to this function.
         with self._clearing:
+            before, self._specialised = self._specialised, {}
             self._clear()  # type: ignore[attr-defined]
-            self._specialised.clear()
+        before.clear()
 
 
 def _check_hashable(value: Any, what: str) -> None:

@@ -319,7 +319,7 @@ class Specialised:
                     _write_back(slot, types[slot_id], now)
             elif before is not None and [x.sharding for x in now] == [x.sharding for x in before]:
                 _core.replace_loan(slot, now)
-            elif slot.type and slot_id in placement.born:  # something else has set it by now
+            elif slot_id in placement.born and slot.has_memory:  # something else has set it by now
                 _write_back(slot, types[slot_id], now)
                 settled = False
             else:

@@ -16,8 +16,9 @@ namespace {
 namespace nb = ::nanobind;
 using namespace nb::literals;
 
-// How long a callback waits for what may be another thread's program.
-constexpr std::chrono::seconds kPatience{3};
+// How long a callback waits for what may be another thread's program; and how long a thread does that
+// holds states itself, as it runs a program or compiles one.
+constexpr std::chrono::seconds kPatience{3}, kLongPatience{20};
 
 [[noreturn]] void refuse_callback(Slot& slot) {
   throw std::runtime_error(
@@ -39,9 +40,10 @@ thread_local int locks_held = 0;
 
 bool take(Slot& slot) {
   if (slot.loan_mutex().try_lock()) return true;
-  const bool may_be_a_callback = locks_held > 0 || is_of_xla();
+  const bool is_callback = is_of_xla();
   const nb::gil_scoped_release released;
-  if (may_be_a_callback) return slot.loan_mutex().try_lock_for(kPatience);
+  if (is_callback) return slot.loan_mutex().try_lock_for(kPatience);
+  if (locks_held > 0) return slot.loan_mutex().try_lock_for(kLongPatience);
   slot.loan_mutex().lock();
   return true;
 }

@@ -28,9 +28,10 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
     $W / \sigma(W)$ in its place. A weight of more than two dimensions is seen as a matrix of shape
     `(weight.shape[0], -1)`.
 
-    Made of a weight alone, as in `equinox.experimental`, it takes the place of that weight: where an
-    operation of `jax.numpy`, or an operator, meets it, it is $W / \sigma(W)$. That is enough for an
-    `equinox.nn.Linear`. JAX's own `lax` functions, and so convolutions, do not take such a thing: wrap
+    Made of a weight alone, as in `equinox.experimental`, it takes the place of that weight: in an
+    operator between it and a JAX array, as in `weight @ x`, it is $W / \sigma(W)$. That is enough for an
+    `equinox.nn.Linear`. For most functions `jax.numpy.asarray(weight)` has to come first, which is a call
+    like any other; JAX's own, and so convolutions, take arrays only. Where that is not to be had, wrap
     the layer.
 
     The estimate of $\sigma(W)$ is $u^\top W v$. Each training call improves $u$ and $v$ by [power
@@ -201,7 +202,18 @@ class SpectralNorm(eqx.Module, Generic[_Layer]):
                 "SpectralNorm: made of a layer, it is no array: call it, `norm(x)`. To stand in the place "
                 "of a weight it is made of that alone: `SpectralNorm(weight, key=key)`."
             )
+        if isinstance(self.inference, jax.Array):
+            raise TypeError(
+                "SpectralNorm: a function under `jax.jit`, as most of `jax.numpy` are, was given one in the "
+                "place of an array. Give it `jnp.asarray(norm)`; or close over it, or use "
+                "`equinox.filter_jit` or `storax.jit`, if the function is your own."
+            )
         return _normalise(self, in_inference(self, None))
+
+    # What JAX asks an array for, without a call of the layer.
+    shape = property(lambda self: self.weight.shape)
+    ndim = property(lambda self: self.weight.ndim)
+    dtype = property(lambda self: self.weight.dtype)
 
 
 # Functions, as an access to a method of a module costs more than most operations that are traced.

@@ -294,6 +294,21 @@ def test_a_compiled_program_that_made_the_first_state_goes_on_with_it(lent):
         assert storax.get_state(index, like)[0] == 10 * k + 1
 
 
+def test_a_state_over_devices_that_a_program_has_made_is_made_again():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+    x = jax.device_put(jnp.arange(8.0), jax.sharding.NamedSharding(mesh, jax.P("d")))
+    index = storax.StateIndex()
+    put = storax.jit(lambda x: (storax.set_state(index, x * 2), x.sum())[1])
+    compiled = put.lower(x).compile()
+    for k in range(1, 4):
+        compiled(x + k)
+        np.testing.assert_array_equal(storax.get_state(index, x), 2 * (np.arange(8) + k))
+    with _core.LoanLock([index._slot.core]):
+        index._slot.core.lose()
+    put(x)
+    np.testing.assert_array_equal(storax.get_state(index, x), 2 * np.arange(8))
+
+
 def test_a_compiled_program_whose_large_state_is_lost():
     index, count, _ = counter(0, 20_000)
     compiled = storax.jit(lambda: count()[0]).lower().compile()

@@ -1,5 +1,6 @@
 """storax.jit called from many threads at once."""
 
+import gc
 import os
 import sys
 import threading
@@ -192,6 +193,21 @@ def test_what_did_not_run_undoes_nothing(how):
         storax.barrier()
         assert state() == want
     assert index._slot.core.num_sets == sets + 4 + 2
+
+
+def test_forgetting_what_forgets_as_it_goes():
+    gone = []
+
+    class Static:
+        def __del__(self):
+            f.clear_cache()
+            gone.append(f(jnp.ones(2), 3).sum())
+
+    f = storax.jit(lambda x, static: x + 1)
+    f(jnp.ones(2), Static())
+    f.clear_cache()
+    gc.collect()
+    assert gone == [4]
 
 
 def test_forgetting_the_programs_while_one_runs():

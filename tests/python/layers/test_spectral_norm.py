@@ -307,6 +307,20 @@ def test_constructor_of_old():
     assert [n.uv_index._slot.core.num_sets for n in norms] == [b + 100 for b in before]
 
 
+def test_as_an_array_in_functions():
+    weight = of_weight().weight
+    assert (weight.shape, weight.ndim, weight.dtype) == ((4, 5), 2, jnp.float32)
+    core = weight.uv_index._slot.core
+    before = core.num_sets
+    x = jnp.arange(5.0)
+    expected = jnp.dot(jnp.asarray(weight), x)
+    assert core.num_sets == before + 1
+    frozen = eqx.nn.inference_mode(weight)
+    np.testing.assert_allclose(jnp.asarray(frozen) @ x, expected, rtol=1e-5)
+    with pytest.raises(TypeError, match=r"Give it `jnp.asarray\(norm\)`"):
+        jnp.dot(weight, x)
+
+
 def test_neither_form_is_taken_for_the_other():
     with pytest.raises(TypeError, match=r"put it in the place of the weight"):
         of_weight().weight(jnp.ones(5))

@@ -16,8 +16,8 @@ namespace {
 namespace nb = ::nanobind;
 using namespace nb::literals;
 
-// How long a callback waits for what may be another thread's program; and how long a thread does that
-// holds states itself, as it runs a program or compiles one.
+// How long a callback waits for what may be another thread's program; and how long a thread does
+// that holds states itself, as it runs a program or compiles one.
 constexpr std::chrono::seconds kPatience{3}, kLongPatience{20};
 
 [[noreturn]] void refuse_callback(Slot& slot) {

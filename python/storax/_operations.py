@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from . import _core, _jax, _store
+from . import _jax, _store
 from ._index import NOTHING_HELD, StateIndex
-from ._primitives import check_rows, frozen_p, get_p, set_p
+from ._primitives import check_rows, frozen_mismatch, frozen_p, get_p, set_p, shapes_of
 from ._slot import Slot, Structure, from_stored, structure_at, structure_of, to_stored, type_parts
 
 __all__ = ["get_state", "set_state"]
@@ -207,13 +207,8 @@ def _get_frozen(index: StateIndex, like: list[Any], structure: Any) -> list[Any]
         stored = tuple(
             (*x.shape, *k.trailing) for x, k in zip(index._leaves, kept.kinds, strict=True)
         )
-        raise RuntimeError(
-            f"storax.get_state of {name}, frozen by `inference=True`: it holds "
-            f"{_core.type_text(kept.type_id(stored, held.levels, ()))}, but `like` is "
-            f"{_core.type_text(structure.type_id(tuple(x.shape for x in like), (), ()))}. Get and "
-            "set must agree in dtype, shape, PyTree structure and batch axes. If a PyTree operation is to "
-            "change the arrays of a model, as to cast them, let `like` be made of its parameters, or do it "
-            "before the model is frozen."
+        raise frozen_mismatch(
+            name, kept.type_id(stored, held.levels, ()), structure.type_id(shapes_of(like), (), ())
         )
     state = list(index._leaves)
     if structure.widened:

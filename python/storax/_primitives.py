@@ -253,12 +253,21 @@ def check_frozen(held, like, structure, levels, held_levels, name):
     )
     if not agree:
         made = structure_at(structure)
-        holds = _core.type_text(made.type_id(shapes_of(held), held_levels, ()))
-        asked = _core.type_text(made.type_id(shapes_of(like), levels, ()))
-        raise RuntimeError(
-            f"storax.get_state of {name}, frozen by `inference=True`: it holds {holds}, but `like` "
-            f"is {asked}. Get and set must agree in dtype, shape, PyTree structure and batch axes."
+        raise frozen_mismatch(
+            name,
+            made.type_id(shapes_of(held), held_levels, ()),
+            made.type_id(shapes_of(like), levels, ()),
         )
+
+
+def frozen_mismatch(name: str, held: int, asked: int) -> RuntimeError:
+    """What to raise where a frozen state and `like` are of these types."""
+    return RuntimeError(
+        f"storax.get_state of {name}, frozen by `inference=True`: it holds {_core.type_text(held)}, but "
+        f"`like` is {_core.type_text(asked)}. Get and set must agree in dtype, shape, PyTree structure and "
+        "batch axes. If a PyTree operation is to change the arrays of a model, as to cast them, let `like` "
+        "be made of its parameters, or do it before the model is frozen."
+    )
 
 
 @frozen_p.def_impl

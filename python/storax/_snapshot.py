@@ -184,22 +184,8 @@ def understand(
         device: [_checked(read(kind, shape), kind, shape) for kind, shape in leaves]
         for device in (devices if mesh else [home()])
     }
-    here = {_jax.device_ordinal(d) for d in jax.local_devices(backend="cpu")}
-    own = sorted({*devices} - {EVERY_DEVICE})
-    if mesh and not here.issuperset(own):
-        first, *others = (found[device] for device in own)
-        rest = [x for leaves_there in others for x in leaves_there]
-        if len(own) != math.prod(n for _, n in mesh) or not all(
-            map(np.array_equal, first * len(others), rest)
-        ):
-            raise ValueError(
-                f"it has a state for each of the devices {own}, not all the same, and this process has the "
-                f"devices {sorted(here)}. Load it where there are these devices; or choose one of the "
-                "states there, from what `storax.get_state` gives with the mesh axes in front, set a new "
-                "index to it, and save that"
-            )
-        # As it is read as one, too.
-        return Snapshot(structure.type_id(shapes, levels, ()), {home(): first}, None)
+    if mesh and (one := _as_one_if_not_here(found, mesh)) is not None:
+        return Snapshot(structure.type_id(shapes, levels, ()), {home(): one}, None)
     return Snapshot(type_id, found, order and tuple(order))
 
 
@@ -220,6 +206,26 @@ def home() -> int:
     """The device that a state is put on that may be on any: the one that JAX puts arrays on."""
     device = _jax._default_device()
     return _jax.device_ordinal(device) if device.platform == "cpu" else 0
+
+
+def _as_one_if_not_here(found: dict[int, list[np.ndarray]], mesh: tuple) -> list[np.ndarray] | None:
+    """A state per device as one, as it is read too, if some of its devices are not there; else None."""
+    here = {_jax.device_ordinal(d) for d in jax.local_devices(backend="cpu")}
+    own = sorted(found.keys() - {EVERY_DEVICE})
+    if here.issuperset(own):
+        return None
+    first, *others = (found[device] for device in own)
+    rest = [x for leaves in others for x in leaves]
+    if len(own) != math.prod(n for _, n in mesh) or not all(
+        map(np.array_equal, first * len(others), rest)
+    ):
+        raise ValueError(
+            f"it has a state for each of the devices {own}, not all the same, and this process has the "
+            f"devices {sorted(here)}. Load it where there are these devices; or choose one of the "
+            "states there, from what `storax.get_state` gives with the mesh axes in front, set a new "
+            "index to it, and save that"
+        )
+    return first
 
 
 def _checked(x: np.ndarray, kind: LeafKind, shape: tuple[int, ...]) -> np.ndarray:

@@ -231,10 +231,11 @@ def test_a_single_result_that_a_loop_in_a_branch_starts_from(jit, dtype):
         lax.cond(x > 1, loop, lambda: None)
         return first
 
-    as_number = lambda x: np.asarray(x.astype(jnp.float32))
-    assert as_number(f(jnp.float32(2)).real) == 0
-    np.testing.assert_array_equal(as_number(storax.get_state(index, start).real), [1, 1, 1])
-    assert as_number(f(jnp.float32(0)).real) == 1
+    # NumPy does not compare all of them.
+    number = lambda x: np.asarray(x if dtype == "complex64" else x.astype(jnp.float32))
+    assert number(f(jnp.float32(2))) == 0
+    np.testing.assert_array_equal(number(storax.get_state(index, start)), [1, 1, 1])
+    assert number(f(jnp.float32(0))) == 1
 
 
 def test_a_program_whose_only_result_is_a_token():
